@@ -1,0 +1,40 @@
+"""What every test gets: one thread, a fixed seed, an empty working directory, and a quiet Lightning."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # the tests' tensors are tiny: more threads only wait for each other
+
+# An example that imports or compiles something is slow once: that is no failure.
+settings.register_profile("no_deadline", parent=settings.default, deadline=None)
+settings.load_profile("no_deadline")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_lightning() -> None:
+    """Show warnings only; Lightning sets its loggers to INFO when it is imported, which is before this."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start each test from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # the state that a user's transforms draw from
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep what a Trainer writes out of the repository."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
