@@ -44,7 +44,7 @@ def measure_histograms(
         named_tensors: Pairs of a name and a tensor: any shape, layout, device and floating or complex type (absolute
             values), empty ones too. Of sparse tensors the stored values count; coalescing them is the one thing that
             may wait for the device. Of a ``DTensor`` the shards of all processes count, by three small all-reduces
-            for about a million elements; all processes must pass the same tensors in the same order.
+            for about 250,000 elements; all processes must pass the same tensors in the same order.
         bins: Number of buckets, >= 1.
         max_elements: Number of elements sampled at most from a tensor, >= 1. A larger tensor is sampled at equal
             strides, the same elements every time.
@@ -71,7 +71,7 @@ def measure_histograms(
     for name, tensor in named_tensors:
         names.append(name)
         samples.append(
-            draw_sample(check_instance("named_tensors", tensor, Tensor, "pairs of name and tensor"), max_elements)
+            draw_sample(check_instance("named_tensors", tensor, Tensor, "pairs of a name and a tensor"), max_elements)
         )
     if not samples:
         return Histograms.unpack((), torch.zeros(0, 2 * bins + 7, dtype=torch.float64))

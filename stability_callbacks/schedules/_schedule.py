@@ -78,7 +78,7 @@ class Schedule(ABC):
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("`Schedule.plot` needs matplotlib: pip install matplotlib") from error
+            raise ImportError("`Schedule.plot` needs matplotlib: pip install 'stability-callbacks[plot]'") from error
 
         total = self.total_steps if self.total_steps is not None else total_steps
         if total is None:

@@ -511,5 +511,5 @@ class TestPlot:
 
     def test_without_matplotlib(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(ImportError, match="pip install matplotlib"):
+        with pytest.raises(ImportError, match=r"needs matplotlib: pip install .stability-callbacks\[plot\]"):
             WarmupCosine().plot(10)
