@@ -1,0 +1,43 @@
+"""A logger that keeps every scalar in memory, for tables and pictures made after training."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+__all__ = ["History", "HistoryLogger"]
+
+History = dict[str, list[tuple[int, float]]]
+"""Metric name to its ``(step, value)`` pairs, in the order logged."""
+
+
+class HistoryLogger(Logger):
+    """Collects the scalars that Lightning and the callbacks log, at full resolution, non-finite ones included.
+
+    Attributes:
+        history: What was logged so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.history: History = {}
+
+    @property
+    def name(self) -> str:
+        return "history"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.history.setdefault(name, []).append((step or 0, float(value)))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Hyper-parameters are not kept: the configuration file has them."""
