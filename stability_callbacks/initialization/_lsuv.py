@@ -1,0 +1,182 @@
+"""Initialisation by data: layers are scaled until a batch keeps its size through them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.conv import _ConvNd
+
+from stability_callbacks._validation import check_instance, check_integer, check_number
+from stability_callbacks.initialization._fills import Fill, constant, orthogonal
+from stability_callbacks.initialization._policy import LeaveAlone, Policy
+from stability_callbacks.initialization._report import InitReport
+from stability_callbacks.initialization._slots import Role, Slot, slots
+from stability_callbacks.initialization._tracing import preserved_randomness
+from stability_callbacks.initialization._wiring import Wiring
+
+__all__ = ["LSUV"]
+
+_LAYERS = (nn.Linear, _ConvNd)
+
+
+class _Outcome(NamedTuple):
+    """How the scaling of a layer went: the standard deviation of its output at last, and what is wrong, if anything."""
+
+    std: float
+    trouble: str | None
+
+
+class LSUV(Policy):
+    r"""Layer-sequential unit variance: orthogonal weights, then scaled so that a real batch keeps variance 1.
+
+    Layer by layer, in the order of the forward pass,
+
+    .. math:: W \leftarrow W / \sqrt{\operatorname{Var}(\text{output})} \quad \text{until} \quad
+        |\operatorname{Var}(\text{output}) - 1| \le \text{tolerance}
+
+    It needs no theory of the activations, so it fits where :class:`Auto`'s does not: unusual activations, inputs that
+    are not standardised, branches that add up. Written to linear layers, convolutions and transposed convolutions,
+    whose biases become zero; all else is left alone. One forward pass without gradients is made, in the mode the model
+    is in; buffers (the statistics of batch norm) and random states are put back.
+
+    A layer that does not converge is named in a warning and in the report: one whose output is constant, whose weight
+    cannot be scaled (``spectral_norm``), or that the forward pass does not call.
+
+    Args:
+        tolerance: Largest deviation of the variance from 1, > 0. Default 0.1.
+        max_iterations: How often a layer is scaled at most, >= 1. Default 10.
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If an argument is out of bounds. When applied: without a batch, or to a sharded model.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU())
+        >>> batch = 100 * torch.rand(64, 20)
+        >>> report = LSUV().apply(model, batch)
+        >>> print(report["2.weight"].what)
+        orthogonal, gain 1, then scaled: output std 1
+        >>> round(model[:3](batch).std().item(), 2)
+        1.0
+
+    References:
+        Mishkin, Matas: All you need is a good init (2015), arXiv 1511.06422.
+    """
+
+    needs_batch: ClassVar[bool] = True
+
+    def __init__(self, tolerance: float = 0.1, max_iterations: int = 10) -> None:
+        self.tolerance = check_number("tolerance", tolerance, above=0)
+        self.max_iterations = check_integer("max_iterations", max_iterations, at_least=1)
+
+    def rule(self, slot: Slot, wiring: Wiring) -> Fill | LeaveAlone | None:
+        if not isinstance(slot.module, _LAYERS):
+            return None
+        if slot.role is Role.KERNEL:
+            return orthogonal(slot, gain=1.0)
+        return constant(0) if slot.role is Role.BIAS else None
+
+    def apply(self, model: nn.Module, batch: Any = None) -> InitReport:
+        """Initialise a model in place, with the help of a batch.
+
+        Args:
+            model: The model. Nothing but its parameters changes.
+            batch: What its ``forward`` takes: a tensor; a tuple or list, whose first element is taken, as in
+                ``(inputs, targets)``; or a mapping of keyword arguments.
+
+        Returns:
+            What was done to each parameter.
+
+        Raises:
+            TypeError: If ``model`` is not a module.
+            ValueError: If there is no batch, or the model is sharded.
+        """
+        if batch is None:
+            raise ValueError(
+                "`batch` must be a batch of inputs for LSUV, which scales layers by their outputs; got None"
+            )
+        check_instance("model", model, nn.Module, "a torch.nn.Module")
+        if any(isinstance(each, DTensor) for each in model.parameters()):
+            raise ValueError(
+                "`model` must not be sharded for LSUV, which scales weights between layers: apply it before"
+            )
+        report = super().apply(model)
+        kernels: dict[nn.Module, Slot] = {
+            slot.module: slot
+            for slot in slots(model)
+            if isinstance(slot.module, _LAYERS) and slot.role is Role.KERNEL and report[slot.name].initialized
+        }
+        outcomes = self._scale(model, batch, kernels)
+        return _completed(report, list(kernels.values()), outcomes)
+
+    @torch.no_grad()
+    def _scale(self, model: nn.Module, batch: Any, kernels: Mapping[nn.Module, Slot]) -> dict[str, _Outcome]:
+        outcomes: dict[str, _Outcome] = {}
+
+        def adjust(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            slot = kernels[layer]
+            if slot.name not in outcomes:  # a layer that is called again keeps what its first call found
+                output, outcomes[slot.name] = self._scale_layer(slot, args, kwargs, output)
+            return output
+
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        with ExitStack() as stack:
+            stack.enter_context(preserved_randomness())
+            for layer in kernels:
+                hook = layer.register_forward_hook(adjust, prepend=True, with_kwargs=True)
+                stack.callback(hook.remove)
+            for buffer, value in buffers:
+                stack.callback(buffer.copy_, value)
+            _call(model, batch)
+        return outcomes
+
+    def _scale_layer(self, slot: Slot, args: Any, kwargs: Any, output: Tensor) -> tuple[Tensor, _Outcome]:
+        """Scale a layer until its output has variance 1; the output goes on to the next."""
+        for _ in range(self.max_iterations):
+            std = _std(output)
+            if abs(std**2 - 1) <= self.tolerance:
+                return output, _Outcome(std, None)
+            if std == 0 or not math.isfinite(std):
+                return output, _Outcome(std, "its output is constant" if std == 0 else "its output is not finite")
+            slot.write(slot.read() / std)
+            output = slot.module.forward(*args, **kwargs)
+        std = _std(output)
+        converged = abs(std**2 - 1) <= self.tolerance
+        return output, _Outcome(std, None if converged else "its output did not follow the weight")
+
+
+def _std(output: Tensor) -> float:
+    return float(output.to(torch.promote_types(output.dtype, torch.float32)).std(correction=0))
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    else:
+        model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def _completed(report: InitReport, kernels: list[Slot], outcomes: Mapping[str, _Outcome]) -> InitReport:
+    """The report with what the scaling did, and a warning about the layers that it could not scale."""
+    rows = {row.name: row for row in report}
+    troubles = []
+    for slot in kernels:
+        std, trouble = outcomes.get(slot.name, _Outcome(math.nan, "the forward pass did not call its layer"))
+        if trouble is not None:
+            troubles.append(f"{slot.name} ({trouble})")
+        note = f"then scaled: output std {std:.3g}" if trouble is None else f"not scaled to variance 1: {trouble}"
+        mean_after, std_after = slot.statistics()
+        row = rows[slot.name]
+        what = f"{row.what}, {note}"
+        rows[slot.name] = row._replace(what=what, mean_after=mean_after, std_after=std_after)
+    if troubles:
+        warnings.warn(f"LSUV did not bring these layers to variance 1: {', '.join(troubles)}.", stacklevel=3)
+    return InitReport(tuple(rows.values()))

@@ -1,0 +1,164 @@
+"""What every initialisation policy is: a plan of what to write into which parameter, and its careful execution."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from stability_callbacks._validation import check_instance
+from stability_callbacks.initialization._fills import Fill
+from stability_callbacks.initialization._report import InitReport, InitRow
+from stability_callbacks.initialization._slots import Role, Slot, slots
+from stability_callbacks.initialization._storage import refuse_unreachable
+from stability_callbacks.initialization._wiring import Wiring
+
+__all__ = ["LeaveAlone", "Plan", "Policy"]
+
+
+class LeaveAlone(NamedTuple):
+    """Why a parameter is not written."""
+
+    why: str
+
+
+Plan = Mapping[str, Fill | LeaveAlone]
+"""What to do with each parameter, by its full name."""
+
+
+class Policy(ABC):
+    """An initialisation policy: what to write into which parameter of a model.
+
+    Derive from it and write :meth:`rule` to make one of your own. All policies share these manners:
+
+    - Parameters keep their identity: values are copied in place, so optimizers and hooks go on to hold them.
+    - A tied parameter is initialised once, by the first of its names for which the policy has a rule. A frozen one
+      (``requires_grad=False``) is left alone.
+    - A parametrised weight (``weight_norm``, ``spectral_norm``, ``orthogonal`` of
+      ``torch.nn.utils.parametrizations``) is initialised through the ``right_inverse`` of its parametrizations, and
+      left alone where they have none. The estimate of ``spectral_norm`` is brought up to date.
+    - Values are drawn on the CPU from torch's default generator, in float32 or better, and cast: a seed gives the same
+      weights on any device and in any precision. Each process of a sharded model (``fully_shard``) draws the whole
+      tensor, one at a time, and keeps its shard: all must draw from the same seed.
+    - A lazy parameter, which has no shape yet, is left alone with a warning.
+    - A padding row of an embedding stays zero.
+
+    Example:
+        >>> from stability_callbacks.initialization import constant
+        >>> class SmallBiases(Policy):
+        ...     def rule(self, slot, wiring):
+        ...         return constant(0.01) if slot.role is Role.BIAS else None
+        >>> model = nn.Linear(2, 3)
+        >>> print(SmallBiases().apply(model)["bias"].what)
+        0.01
+    """
+
+    needs_batch: ClassVar[bool] = False
+    """Whether :meth:`apply` needs a batch."""
+
+    @abstractmethod
+    def rule(self, slot: Slot, wiring: Wiring) -> Fill | LeaveAlone | None:
+        """Say what to write into a parameter.
+
+        Args:
+            slot: The parameter in its place: name, layer, shape, role, fans.
+            wiring: How the layers are connected, for :func:`activation_after`.
+
+        Returns:
+            What to write; None or the reason why the parameter is left alone.
+        """
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Say what to do with each parameter of a model that can be written, by its full name."""
+        wiring = Wiring(model)
+        plan: dict[str, Fill | LeaveAlone] = {}
+        for slot in slots(model):
+            if slot.obstacle is None:
+                plan[slot.name] = self.rule(slot, wiring) or LeaveAlone(_why_no_rule(self, slot))
+        return plan
+
+    def apply(self, model: nn.Module, batch: Any = None) -> InitReport:
+        """Initialise a model in place.
+
+        Args:
+            model: The model. Nothing but its parameters changes.
+            batch: A batch of inputs, for policies that look at data; the others ignore it.
+
+        Returns:
+            What was done to each parameter.
+
+        Raises:
+            TypeError: If ``model`` is not a module.
+            ValueError: If a parameter is on the meta device, or sharded by FSDP1 or DeepSpeed ZeRO-3; nothing has been
+                written then.
+        """
+        check_instance("model", model, nn.Module, "a torch.nn.Module")
+        refuse_unreachable(model)
+        return _carry_out(self.plan(model), model)
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name[0] != "_")
+        return f"{type(self).__name__}({arguments})"
+
+
+def _why_no_rule(policy: Policy, slot: Slot) -> str:
+    if slot.role is Role.UNKNOWN:
+        return f"not a parameter that {type(slot.module).__name__} is known for"
+    return f"{slot.role.value} kept, {type(policy).__name__} has no rule for it"
+
+
+@torch.no_grad()
+def _carry_out(plan: Plan, model: nn.Module) -> InitReport:
+    all_slots = list(slots(model))
+    owners = _owners(all_slots, plan)
+    rows = [_carry_out_one(slot, plan, owners) for slot in all_slots]
+    lazy = [slot.name for slot in all_slots if slot.shape is None]
+    if lazy:
+        warnings.warn(
+            f"These parameters are lazy and were not initialised: {', '.join(lazy)}. Run a batch through the model"
+            " first, in `configure_model` for instance.",
+            stacklevel=3,
+        )
+    return InitReport(tuple(rows))
+
+
+def _owners(all_slots: list[Slot], plan: Plan) -> dict[int, str]:
+    """The name under which each tensor is initialised: its first that the plan writes, or its first."""
+    owners: dict[int, str] = {}
+    writers = [slot for slot in all_slots if isinstance(plan.get(slot.name), Fill)]
+    for slot in (*writers, *all_slots):
+        for tensor in slot.tensors:
+            owners.setdefault(id(tensor), slot.name)
+    return owners
+
+
+def _carry_out_one(slot: Slot, plan: Plan, owners: dict[int, str]) -> InitRow:
+    before = slot.statistics()
+    step = plan.get(slot.name)
+    owner = next((owners[id(tensor)] for tensor in slot.tensors), slot.name)
+    if slot.obstacle is not None:
+        step = LeaveAlone(slot.obstacle)
+    elif owner != slot.name:
+        step = LeaveAlone(f"tied to {owner}")
+    if isinstance(step, Fill):
+        step = _fill(slot, step)
+    what = step.what if isinstance(step, Fill) else f"left alone: {step.why if step else 'not in the plan'}"
+    after = slot.statistics() if isinstance(step, Fill) else before
+    return InitRow(slot.name, slot.shape, what, *before, *after)
+
+
+def _fill(slot: Slot, fill: Fill) -> Fill | LeaveAlone:
+    assert slot.shape is not None
+    value = torch.empty(slot.shape, dtype=torch.promote_types(slot.tensors[0].dtype, torch.float32))
+    fill.draw(value)
+    try:
+        slot.write(value)
+    except NotImplementedError:  # what a parametrization raises that cannot be assigned to
+        return LeaveAlone("its parametrization cannot be assigned to")
+    if slot.parametrization is None:
+        return fill
+    return fill._replace(what=f"{fill.what}; through {', '.join(type(each).__name__ for each in slot.parametrization)}")

@@ -1,0 +1,414 @@
+"""The callback: on a fresh run only, with weights from the seed alone, and no trace in the random state of training."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from stability_callbacks.callbacks.initialization import Initialization
+from stability_callbacks.initialization import LSUV, Auto, ByPattern, InitReport, Normal, Xavier
+from tests.models import NormNet, ResumableLoader, SparseNet, TiedNet, fit, make_batches
+
+
+class StartingWeights(pl.Callback):
+    """Notes the weights with which training starts, and where the random states are then."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+        self.randomness: list[float] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.weights = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+        self.randomness = [float(torch.rand(())), random.random(), float(np.random.rand())]  # noqa: NPY002
+
+
+def start(model: pl.LightningModule, *callbacks: pl.Callback, **arguments: Any) -> StartingWeights:
+    """Fit for a batch; with what it started."""
+    probe = StartingWeights()
+    fit(model, make_batches(1), [*callbacks, probe], **arguments)
+    return probe
+
+
+def silent(policy: Any = None) -> Initialization:
+    return Initialization(policy, verbose=False)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_weights_are_those_of_the_policy() -> None:
+    model = NormNet()
+    before = weights(model)
+    callback = silent(Xavier(gain=2.0))
+    started = start(model, callback).weights
+    assert not torch.equal(started["net.0.weight"], before["net.0.weight"])
+    assert not started["net.0.bias"].any()
+    assert torch.equal(started["net.1.weight"], before["net.1.weight"])
+    report = callback.report
+    assert isinstance(report, InitReport)
+    assert report["net.0.weight"].what == "Xavier uniform, gain 2"
+    assert report["net.0.weight"].std_after == pytest.approx(float(started["net.0.weight"].std(correction=0)), rel=1e-5)
+
+
+def test_default_policy_is_auto() -> None:
+    assert isinstance(Initialization().policy, Auto)
+    callback = silent()
+    start(NormNet(), callback)
+    assert callback.report is not None
+    assert callback.report["net.0.weight"].what == "Kaiming normal, fan_in 4, gain 1.41 (before ReLU)"
+
+
+@pytest.mark.parametrize("build", [NormNet, SparseNet, TiedNet])
+def test_weights_depend_on_the_seed_alone(build: type[NormNet]) -> None:
+    starts = []
+    for seed in (1, 1, 2):
+        pl.seed_everything(seed, verbose=False)
+        starts.append(start(build(), silent()).weights)
+    assert same(starts[0], starts[1])
+    assert not same(starts[0], starts[2])
+
+
+def test_random_state_of_training_is_left_as_it_was() -> None:
+    drawn = []
+    for callbacks in ([], [silent()]):
+        pl.seed_everything(3, verbose=False)
+        drawn.append(start(NormNet(), *callbacks).randomness)
+    assert drawn[0] == drawn[1]
+
+
+def test_optimizers_train_what_was_initialised() -> None:
+    model, callback = NormNet(), silent()
+    started = start(model, callback).weights
+    assert not torch.equal(model.net[0].weight, started["net.0.weight"])
+    assert callback.report is not None
+
+
+def test_layers_of_configure_model_are_initialised() -> None:
+    class Late(NormNet):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.net
+
+        def configure_model(self) -> None:
+            if not hasattr(self, "net"):
+                self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+    callback = silent(Normal(std=3.0))
+    started = start(Late(), callback).weights
+    assert float(started["net.0.weight"].std()) == pytest.approx(3.0, rel=0.4)
+
+
+def checkpoint_of(model: pl.LightningModule, path: Path, callbacks: list[pl.Callback]) -> str:
+    trainer = fit(model, make_batches(2), callbacks)
+    trainer.save_checkpoint(path / "model.ckpt")
+    return str(path / "model.ckpt")
+
+
+@pytest.mark.parametrize("saved_with", [True, False], ids=["saved with the callback", "saved without"])
+def test_a_resumed_run_keeps_its_weights(tmp_path: Path, saved_with: bool) -> None:
+    trained = NormNet()
+    path = checkpoint_of(trained, tmp_path, [silent()] if saved_with else [])
+    callback = silent(Normal(std=9.0))
+    started = start(NormNet(), callback, ckpt_path=path, max_epochs=2).weights
+    assert same(started, weights(trained))
+    assert callback.report is None
+
+
+def test_a_model_that_was_resumed_keeps_its_weights_afterwards(tmp_path: Path) -> None:
+    path = checkpoint_of(NormNet(), tmp_path, [])
+    model = NormNet()
+    start(model, silent(), ckpt_path=path, max_epochs=2)
+    trained = weights(model)
+    assert same(start(model, silent(Normal(std=9.0))).weights, trained)
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    batches = make_batches(4)
+    torch.manual_seed(0)
+    whole = NormNet()
+    fit(whole, batches, [silent()], max_epochs=2)
+    torch.manual_seed(0)
+    first = NormNet()
+    fit(first, batches, [silent()], max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+    second = NormNet()
+    fit(second, batches, [silent()], max_epochs=2, ckpt_path=str(tmp_path / "half.ckpt"))
+    assert same(weights(second), weights(whole))
+
+
+def test_a_second_fit_keeps_the_weights() -> None:
+    model, callback = NormNet(), silent()
+    trainer = fit(model, make_batches(2), [callback])
+    trained = weights(model)
+    trainer.fit_loop.max_epochs = 2
+    probe = StartingWeights()
+    trainer.callbacks.append(probe)
+    trainer.fit(model, train_dataloaders=ResumableLoader(make_batches(2)))
+    assert same(probe.weights, trained)
+
+
+def test_another_trainer_keeps_the_weights_that_training_left() -> None:
+    model = NormNet()
+    fit(model, make_batches(2), [silent()])
+    trained = weights(model)
+    assert same(start(model, silent(Normal(std=9.0))).weights, trained)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_fitted_model_keep_their_weights(twin_of: Any) -> None:
+    model = NormNet()
+    start(model, silent())
+    trained = weights(model)
+    assert same(start(twin_of(model), silent(Normal(std=9.0))).weights, trained)
+
+
+def test_the_mark_is_no_part_of_the_state_dict() -> None:
+    model = NormNet()
+    names = set(model.state_dict())
+    start(model, silent())
+    assert set(model.state_dict()) == names
+
+
+def test_a_trainer_that_has_trained_leaves_other_models_alone() -> None:
+    callback = silent()
+    trainer = fit(NormNet(), make_batches(2), [callback])
+    other = NormNet()
+    before = weights(other)
+    probe = StartingWeights()
+    trainer.callbacks.append(probe)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(other, train_dataloaders=ResumableLoader(make_batches(2)))
+    assert same(probe.weights, before)
+
+
+def test_a_fresh_model_in_a_fresh_trainer_is_initialised_by_the_same_callback() -> None:
+    callback = silent(Normal(std=9.0))
+    for _ in range(2):
+        assert float(start(NormNet(), callback).weights["net.0.weight"].std()) > 4
+
+
+class Evaluated(NormNet):
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    test_step = predict_step = validation_step
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_evaluation_touches_nothing() -> None:
+    model, callback = Evaluated(), silent()
+    before = weights(model)
+    trainer = pl.Trainer(
+        callbacks=[callback], logger=False, enable_progress_bar=False, enable_checkpointing=False, accelerator="cpu"
+    )
+    loader = ResumableLoader(make_batches(1))
+    trainer.validate(model, loader, verbose=False)
+    trainer.test(model, loader, verbose=False)
+    trainer.predict(model, loader)
+    assert same(weights(model), before)
+    assert callback.report is None
+    assert float(start(model, silent(Normal(std=9.0))).weights["net.0.weight"].std()) > 4  # still as good as new
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"fast_dev_run": True}, {"overfit_batches": 1}, {"accumulate_grad_batches": 2}, {"precision": "bf16-true"}],
+    ids=str,
+)
+def test_other_ways_to_run(arguments: dict[str, Any]) -> None:
+    callback = silent()
+    model = NormNet()
+    probe = StartingWeights()
+    batches = make_batches(2)
+    if arguments.get("precision") == "bf16-true":
+        batches = [(x.bfloat16(), y) for x, y in batches]
+    fit(model, batches, [callback, probe], **arguments)
+    assert not probe.weights["net.0.bias"].any()
+    assert callback.report is not None
+
+
+def test_frozen_and_tied_weights_are_reported() -> None:
+    callback = silent()
+    model = TiedNet()
+    frozen = model.frozen.weight.detach().clone()
+    start(model, callback)
+    assert torch.equal(model.frozen.weight, frozen)
+    assert callback.report is not None
+    assert callback.report["second.weight"].what == "left alone: tied to first.weight"
+    assert callback.report["frozen.weight"].what == "left alone: frozen"
+
+
+def test_two_callbacks_for_two_parts() -> None:
+    body, head = silent(ByPattern({r"net\.0": Normal(std=1.0)})), silent(ByPattern({r"net\.3": Normal(std=1.0)}))
+    started = start(NormNet(), body, head).weights
+    assert not started["net.0.bias"].any()
+    assert not started["net.3.bias"].any()
+    first, last = started["net.0.weight"].flatten()[:8], started["net.3.weight"].flatten()[:8]
+    assert not torch.allclose(first, last)  # they do not draw the same numbers
+
+
+class RateNet(NormNet):
+    """A model whose learning rate a finder can set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr = 0.1
+
+    def train_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(make_batches(12))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class FinderProbe(LearningRateFinder):
+    """Notes the weights that the finder sees."""
+
+    def lr_find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.weights = weights(pl_module)
+        super().lr_find(trainer, pl_module)
+
+
+FINDER = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's own: short runs, missing workers
+
+
+@FINDER
+@pytest.mark.parametrize("finder_first", [True, False])
+def test_a_learning_rate_finder_sees_the_initialised_model(finder_first: bool) -> None:
+    finder, callback, probe = FinderProbe(num_training_steps=6), silent(Normal(std=3.0)), StartingWeights()
+    callbacks = [finder, callback, probe] if finder_first else [callback, probe, finder]
+    model = RateNet()
+    trainer = pl.Trainer(
+        callbacks=callbacks, logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
+        accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(model)
+    assert float(finder.weights["net.0.weight"].std()) > 1.5
+    assert same(probe.weights, finder.weights)
+    assert finder in trainer.callbacks
+
+
+@FINDER
+def test_the_tuner_and_the_fit_after_it_see_the_same_weights() -> None:
+    callback, probe, model = silent(Normal(std=3.0)), StartingWeights(), RateNet()
+    trainer = pl.Trainer(
+        callbacks=[callback, probe], logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
+        accelerator="cpu",
+    )  # fmt: skip
+    Tuner(trainer).lr_find(model, num_training=6)
+    assert callback.report is not None
+    found = weights(model)
+    trainer.fit(model)
+    assert same(probe.weights, found)
+    assert float(found["net.0.weight"].std()) > 1.5
+
+
+class Forward(NormNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_policies_that_look_at_data_get_the_first_batch() -> None:
+    callback, model = silent(LSUV(tolerance=0.01)), Forward()
+    batches = [(10 * x, y) for x, y in make_batches(3)]
+    probe = StartingWeights()
+    trainer = fit(model, batches, [callback, probe])
+    outputs = batches[0][0] @ probe.weights["net.0.weight"].T
+    assert float(outputs.var(correction=0)) == pytest.approx(1.0, abs=0.011)
+    assert probe.weights["net.1.num_batches_tracked"] == 0
+    assert trainer.global_step == 3  # the batch is still trained on
+
+
+def test_random_state_with_a_policy_that_looks_at_data() -> None:
+    class Shuffled(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> Any:
+            return torch.randn(4), index % 3  # draws from the state of training
+
+    drawn = []
+    for callbacks in ([], [silent(LSUV())]):
+        pl.seed_everything(3, verbose=False)
+        probe = StartingWeights()
+        loader = torch.utils.data.DataLoader(Shuffled(), batch_size=4, shuffle=True)
+        fit(Forward(), loader, [*callbacks, probe])
+        drawn.append(probe.randomness)
+    assert drawn[0] == drawn[1]
+
+
+def test_report_is_printed_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    start(NormNet(), Initialization())
+    printed = capsys.readouterr().out
+    assert "Initialization: 6 of 6 parameters written" in printed
+    assert "net.0.weight" in printed
+    start(NormNet(), silent())
+    assert "net.0.weight" not in capsys.readouterr().out
+
+
+def test_strategies_that_hide_the_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = NormNet()
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    before = weights(model)
+    strategy = FSDPStrategy()
+    strategy.connect(model)
+    monkeypatch.setattr(type(trainer), "strategy", property(lambda self: strategy))
+    callback = silent()
+    with pytest.raises(MisconfigurationException, match=r"does not work with FSDPStrategy.*ModelParallelStrategy"):
+        callback.on_fit_start(trainer, model)
+    assert same(weights(model), before)
+
+
+def test_a_failed_initialisation_leaves_no_mark() -> None:
+    model = NormNet()
+    with pytest.raises(ValueError, match="not_there"):
+        start(model, silent(ByPattern({"not_there": Normal()})))
+    assert float(start(model, silent(Normal(std=9.0))).weights["net.0.weight"].std()) > 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("xavier",), "`policy` must be an initialisation policy such as Auto.*got 'xavier' of type str"),
+        ((Auto,), r"`policy` must be .*a class was passed: call it to make an instance"),
+        ((Auto(), "yes"), "`verbose` must be True or False, got 'yes'"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Initialization(*arguments)
+
+
+@pytest.fixture
+def used() -> Initialization:
+    callback = silent(Xavier())
+    start(NormNet(), callback)
+    return callback
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
+def test_callback_survives_copies_and_pickles(used: Initialization, twin_of: Any) -> None:
+    twin = twin_of(used)
+    assert vars(twin.policy) == vars(used.policy)
+    assert twin.report == used.report
+    assert twin.verbose is False
+    model = NormNet()
+    start(model, twin)
+    assert twin.report is not None

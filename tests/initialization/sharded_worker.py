@@ -1,0 +1,94 @@
+"""One of two processes that shard a model between them and initialise it; writes down what each sees of the whole."""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from stability_callbacks.initialization import LSUV, Auto, Kaiming, Orthogonal, Policy, TruncNormal
+
+PROCESSES = 2
+POLICIES: dict[str, Policy] = {
+    "auto": Auto(),
+    "kaiming": Kaiming(mode="fan_out"),
+    "orthogonal": Orthogonal(),
+    "truncated": TruncNormal(),
+}
+
+
+class Model(nn.Module):
+    """Uneven shards, a vector smaller than the number of processes, a tied weight and a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5, padding_idx=1)
+        self.lstm = nn.LSTM(5, 3)
+        self.body = nn.Sequential(nn.Linear(3, 9), nn.LayerNorm(9), nn.GELU(), nn.Linear(9, 1))
+        self.frozen = nn.Linear(3, 5).requires_grad_(False)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden, _ = self.lstm(self.embedding(tokens))
+        return self.head(self.frozen(hidden) + self.body(hidden))
+
+
+def build(dtype: torch.dtype = torch.float32) -> Model:
+    torch.manual_seed(0)
+    return Model().to(dtype)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def initialize(model: Model, policy: Policy) -> dict[str, object]:
+    """Weights and report after an initialisation from a fixed seed."""
+    torch.manual_seed(1)
+    report = policy.apply(model)
+    return {
+        "weights": {name: whole(parameter.detach()).clone() for name, parameter in model.named_parameters()},
+        "rows": [tuple(row) for row in report],
+    }
+
+
+def shard(model: Model) -> Model:
+    fully_shard(model.body)
+    fully_shard(model)
+    return model
+
+
+def main(rank: int, directory: Path, timeout: float) -> None:
+    faulthandler.dump_traceback_later(timeout, exit=True)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=(directory / "rendezvous").as_uri(),
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=timedelta(seconds=timeout),
+    )
+    results: dict[str, object] = {name: initialize(shard(build()), policy) for name, policy in POLICIES.items()}
+    results["bfloat16"] = initialize(shard(build(torch.bfloat16)), Auto())
+
+    sharded = shard(build())
+    held = list(sharded.parameters())
+    Auto().apply(sharded)
+    results["same objects"] = all(one is other for one, other in zip(held, sharded.parameters(), strict=True))
+    sharded(torch.tensor([[1, 2], [3, 4]])).square().mean().backward()
+    results["gradients"] = all(each.grad is not None for each in sharded.parameters() if each.requires_grad)
+    try:
+        LSUV().apply(sharded, torch.tensor([[1, 2]]))
+    except ValueError as error:
+        results["lsuv"] = str(error)
+    torch.save(results, directory / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
