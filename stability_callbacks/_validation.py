@@ -49,20 +49,21 @@ def check_number(
         ...
         ValueError: `max_norm` must be a number > 0, got -1
     """
-    allowed = "a number" + _bounds(above, at_least, below, at_most, allow_inf)
+    bounds = _bounds(above, at_least, below, at_most)
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be {allowed}, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"`{name}` must be a number{bounds}, got {value!r} of type {type(value).__name__}")
     number = float(value)
+    if math.isinf(number) and not allow_inf:
+        raise ValueError(f"`{name}` must be a finite number{bounds}, got {value!r}")
     inside = (
         not math.isnan(number)
-        and (allow_inf or not math.isinf(number))
         and (above is None or number > above)
         and (at_least is None or number >= at_least)
         and (below is None or number < below)
         and (at_most is None or number <= at_most)
     )
     if not inside:
-        raise ValueError(f"`{name}` must be {allowed}, got {value!r}")
+        raise ValueError(f"`{name}` must be a number{bounds}, got {value!r}")
     return number
 
 
@@ -79,7 +80,7 @@ def check_integer(name: str, value: Any, *, at_least: int | None = None, at_most
         ...
         ValueError: `window` must be an integer >= 1, got 0
     """
-    allowed = "an integer" + _bounds(None, at_least, None, at_most, True)
+    allowed = "an integer" + _bounds(None, at_least, None, at_most)
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` must be {allowed}, got {value!r} of type {type(value).__name__}")
     number = int(value)
@@ -138,18 +139,16 @@ def check_pattern(name: str, value: Any) -> re.Pattern[str]:
         ValueError: If it is not a regular expression.
     """
     if not isinstance(value, str):
-        raise TypeError(f"`{name}` must be a regular expression (a string), got {value!r} of type {type(value).__name__}")
+        raise TypeError(
+            f"`{name}` must be a regular expression (a string), got {value!r} of type {type(value).__name__}"
+        )
     try:
         return re.compile(value)
     except re.error as error:
         raise ValueError(f"`{name}` must be a regular expression, got {value!r}: {error}") from error
 
 
-def _bounds(
-    above: float | None, at_least: float | None, below: float | None, at_most: float | None, allow_inf: bool
-) -> str:
+def _bounds(above: float | None, at_least: float | None, below: float | None, at_most: float | None) -> str:
     symbols = ((">", above), (">=", at_least), ("<", below), ("<=", at_most))
     limits = [f"{symbol} {limit:g}" for symbol, limit in symbols if limit is not None]
-    if not limits:
-        return "" if allow_inf else " (finite)"
-    return " " + " and ".join(limits)
+    return f" {' and '.join(limits)}" if limits else ""

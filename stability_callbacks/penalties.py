@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stability_callbacks.gradient_pass import local_values
+from stability_callbacks.gradient_pass import local_values, writable_values
 
 __all__ = ["add_penalty_gradients_", "shrink_", "zero_fraction"]
 
@@ -33,12 +33,12 @@ def add_penalty_gradients_(parameters: Sequence[Tensor], l1: float = 0.0, l2: fl
         tensor([ 1.1000, -0.6000])
     """
     dense = [p for p in parameters if p.grad is not None and p.grad.layout == torch.strided]
-    gradients = [local_values(p.grad, real=False) for p in dense if p.grad is not None]
-    weights = [local_values(p, real=False) for p in dense]
+    gradients = [local_values(p.grad) for p in dense if p.grad is not None]
+    weights = [local_values(p.detach()) for p in dense]
     if dense and l2:
         torch._foreach_add_(gradients, weights, alpha=l2)
     if dense and l1:
-        torch._foreach_add_(gradients, torch._foreach_sign(weights), alpha=l1)
+        torch._foreach_add_(gradients, [torch.sgn(weight) for weight in weights], alpha=l1)
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def shrink_(parameters: Sequence[Tensor], l1: float | Tensor = 0.0, l2: float | 
         Parameter containing:
         tensor([ 0.0000, -1.5000], requires_grad=True)
     """
-    weights = [local_values(parameter, real=False) for parameter in parameters]
+    weights = [writable_values(parameter.detach()) for parameter in parameters]
     for weight in weights:
         if isinstance(l2, Tensor) or l2:
             weight.mul_(1 - l2)

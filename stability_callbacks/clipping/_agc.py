@@ -1,0 +1,151 @@
+"""Adaptive gradient clipping, unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from stability_callbacks._validation import check_number, check_pattern
+from stability_callbacks.clipping._rule import ClipResult, ClipRule
+from stability_callbacks.gradient_pass import (
+    GradientNorms,
+    Parameters,
+    combine_norms,
+    local_values,
+    measure_gradients,
+    named_gradients,
+    scale_gradients_,
+    tensor_norms,
+    writable_values,
+)
+
+__all__ = ["AGC", "unit_norms"]
+
+_LEAST_GRADIENT = 1e-6
+
+
+def unit_norms(tensor: Tensor) -> Tensor:
+    """L2 norm of each unit of a weight, in float32 or better, shaped to broadcast against it.
+
+    A unit is what feeds one output: a row of a linear layer's or an embedding's weight, a filter of a convolution (of
+    any rank). A vector, such as a bias or a scale, is one unit, and so is a single number.
+
+    Args:
+        tensor: A dense weight, or its gradient.
+
+    Returns:
+        Shape ``[units, 1, ...]``; ``[1]`` for a vector, ``[]`` for a number.
+
+    Example:
+        >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[5.],
+                [0.]])
+    """
+    dtype = torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
+    if tensor.is_complex():
+        tensor = tensor.abs()
+    if tensor.dim() == 0:
+        return tensor.abs().to(dtype)
+    dims = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else (0,)
+    norms: Tensor = torch.linalg.vector_norm(tensor, 2, dim=dims, keepdim=True, dtype=dtype)
+    return norms
+
+
+class AGC(ClipRule):
+    r"""Clip each unit's gradient where it is large compared with the unit's weight.
+
+    The clipping that made networks without normalisation layers trainable at large batch sizes. Exclude the classifier,
+    as the paper does.
+
+    .. math:: g_u \leftarrow g_u \cdot \min\Big(1,
+              \frac{\text{clip} \cdot \max(\lVert w_u \rVert, \epsilon)}{\max(\lVert g_u \rVert, 10^{-6})}\Big)
+
+    for each unit :math:`u`: see :func:`unit_norms`. A transposed convolution keeps its outputs in its second dimension,
+    which a weight does not show: its units are its inputs. A non-finite total norm leaves everything untouched.
+
+    Args:
+        clip: Largest ratio of gradient to weight norm, > 0. Default 0.01.
+        eps: Weight norms count for at least this, so that zero-initialised weights can train, > 0. Default 1e-3.
+        exclude: Regular expressions, searched in the full parameter name: parameters to leave alone. They need named
+            parameters. Default: none.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of its range, or a pattern is not a regular expression.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.ones(2)
+        >>> _ = AGC().clip_([("bias", weight)])
+        >>> weight.grad
+        tensor([7.0711e-06, 7.0711e-06])
+
+    References:
+        Brock, De, Smith, Simonyan: High-Performance Large-Scale Image Recognition Without Normalization (2021),
+        arXiv 2102.06171.
+    """
+
+    def __init__(self, clip: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = ()) -> None:
+        self.clip = check_number("clip", clip, above=0)
+        self.eps = check_number("eps", eps, above=0)
+        if isinstance(exclude, str) or not isinstance(exclude, Sequence):
+            raise TypeError(f"`exclude` must be a sequence of regular expressions, got {exclude!r}")
+        self.exclude = tuple(exclude)
+        self._patterns = [check_pattern(f"exclude[{index}]", item) for index, item in enumerate(self.exclude)]
+
+    def __repr__(self) -> str:
+        return f"AGC(clip={self.clip:g}, eps={self.eps:g}, exclude={self.exclude!r})"
+
+    @torch.no_grad()
+    def clip_(self, parameters: Parameters, norms: GradientNorms | None = None) -> ClipResult:
+        pairs = named_gradients(parameters)
+        norms = self.measure(pairs, norms)
+        finite = torch.isfinite(norms.total)
+        included = [
+            index
+            for index, (name, _) in enumerate(pairs)
+            if not any(pattern.search(name) for pattern in self._patterns)
+        ]
+        vectors = [index for index in included if pairs[index][1].dim() <= 1]
+        clipped = list(norms.per_tensor.unbind())
+        # A vector is one unit, so its gradient's norm is known and the weights' norms are measured together.
+        weights = tensor_norms([pairs[index][1].detach() for index in vectors])
+        for index, weight in zip(vectors, weights.unbind(), strict=True):
+            factor = self._factor(norms.per_tensor[index], weight.to(norms.per_tensor), finite)
+            scale_gradients_([pairs[index]], factor)
+            clipped[index] = clipped[index] * factor
+        for index in included:
+            if pairs[index][1].dim() > 1:
+                clipped[index] = self._clip_units(pairs[index][1], finite).to(norms.per_tensor)
+        if any(isinstance(parameter, DTensor) for _, parameter in pairs):
+            total = measure_gradients(pairs).total  # other ranks have clipped units of the same tensors
+        else:
+            total = combine_norms(torch.stack(clipped)) if clipped else norms.total
+        total = torch.where(finite, total, norms.total)
+        coefficient = torch.where(finite & (norms.total > 0), total / norms.total, 1.0)
+        return ClipResult(norms.total, total, coefficient)
+
+    def _factor(self, gradient: Tensor, weight: Tensor, finite: Tensor) -> Tensor:
+        factor = (self.clip * weight.clamp(min=self.eps) / gradient.clamp(min=_LEAST_GRADIENT)).clamp(max=1.0)
+        return torch.where(finite.to(factor.device), factor, 1.0)
+
+    def _clip_units(self, parameter: Tensor, finite: Tensor) -> Tensor:
+        """Clip the gradient of a weight with several units, and return its norm then."""
+        gradient, weight = parameter.grad, local_values(parameter.detach())
+        assert gradient is not None
+        if isinstance(gradient, DTensor) and any(p.is_shard() and not p.is_shard(0) for p in gradient.placements):
+            raise ValueError(
+                f"AGC needs whole units on each rank, so tensors sharded along their first dimension; got "
+                f"{gradient.placements}"
+            )
+        if gradient.layout == torch.sparse_coo:
+            parameter.grad = gradient = gradient.coalesce()
+            weight = weight[gradient.indices()[0]]
+        norms = unit_norms(local_values(gradient))
+        factor = self._factor(norms, unit_norms(weight), finite)
+        writable_values(gradient).mul_(factor.unsqueeze(-1) if gradient.is_complex() else factor)
+        clipped: Tensor = torch.linalg.vector_norm(norms * factor)
+        return clipped

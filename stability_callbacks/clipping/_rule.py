@@ -1,0 +1,89 @@
+"""What every clip rule is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from stability_callbacks.gradient_pass import GradientNorms, Parameters, measure_gradients
+
+__all__ = ["ClipResult", "ClipRule"]
+
+
+class ClipResult(NamedTuple):
+    """What a clip rule did, as 0-dim tensors on the gradients' device.
+
+    Attributes:
+        norm: Total gradient norm before the rule.
+        clipped_norm: Total gradient norm after it; the same where ``norm`` is not finite.
+        coefficient: The factor applied to the total norm, in ``(0, 1]``; 1 where nothing was clipped.
+    """
+
+    norm: Tensor
+    clipped_norm: Tensor
+    coefficient: Tensor
+
+
+class ClipRule(ABC):
+    """A rule that shrinks gradients in place. It acts on finite gradients only.
+
+    A non-finite norm means that the step is bad, which is the business of a detector: the rule leaves the gradients as
+    they are and learns nothing from them. That is also how a skipped step reaches it where the host does not know the
+    verdict yet: with its norms masked by NaN.
+
+    Attributes:
+        norm_type: The ``p`` of the norm that the rule reads.
+        linear: Whether the rule only multiplies gradients by factors found from their norms. Then it works on
+            gradients that still carry a loss scale, given the unscaled norms.
+    """
+
+    norm_type: float = 2.0
+    linear: ClassVar[bool] = False
+
+    @abstractmethod
+    def clip_(self, parameters: Parameters, norms: GradientNorms | None = None) -> ClipResult:
+        """Clip the gradients in place, without waiting for the device.
+
+        Args:
+            parameters: Parameters, or ``(name, parameter)`` pairs, which rules that go by name need.
+            norms: The gradients' norms of this rule's ``norm_type`` where they are known; else they are measured.
+
+        Returns:
+            The total norm before and after, and the coefficient.
+
+        Raises:
+            ValueError: If the norms given are of another type than the rule's.
+        """
+
+    def measure(self, parameters: Parameters, norms: GradientNorms | None = None) -> GradientNorms:
+        """The norms that the rule reads: those given, if they are of its type, else measured now."""
+        if norms is None:
+            return measure_gradients(parameters, self.norm_type)
+        if norms.norm_type != self.norm_type:
+            raise ValueError(f"`norms` must be of norm_type {self.norm_type:g} for {self!r}, got {norms.norm_type:g}")
+        return norms
+
+    def assign(self, names: Iterable[str]) -> None:
+        """Learn the names of all parameters there are, before training; most rules need not know.
+
+        Args:
+            names: Full parameter names, those of other optimizers and without gradients too.
+
+        Raises:
+            ValueError: If the rule does not fit them.
+        """
+
+    @property
+    def threshold(self) -> float | Tensor | None:
+        """The threshold in force, for logs; None where a rule has no single one."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rule remembers; empty for a rule without memory."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state from :meth:`state_dict`."""

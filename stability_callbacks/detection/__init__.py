@@ -1,0 +1,16 @@
+"""Detectors: what makes a step bad. Pure PyTorch; each looks at the evidence of one step and votes on the device.
+
+Example:
+    >>> import torch
+    >>> from stability_callbacks.detection import NonFinite, StepEvidence
+    >>> from stability_callbacks.gradient_pass import measure_gradients
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([1.0, float("inf")])
+    >>> bool(NonFinite()(StepEvidence(loss=torch.tensor(0.5), gradients=measure_gradients([weight]))))
+    True
+"""
+
+from stability_callbacks.detection._detector import Detector, StepEvidence
+from stability_callbacks.detection._nonfinite import NonFinite
+
+__all__ = ["Detector", "NonFinite", "StepEvidence"]

@@ -1,0 +1,248 @@
+"""What test_sharded.py runs in one process and in two: measure, clip and back up sharded tensors, and write it down."""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from stability_callbacks import gradient_pass
+from stability_callbacks.clipping import ClipRule, NormClip, ValueClip
+from stability_callbacks.gradient_pass import GradientPass, measure_gradients, scale_each_gradient_, scale_gradients_
+from stability_callbacks.snapshots import BufferBackup
+
+NAN, INF = math.nan, math.inf
+NORM_TYPES = [1.0, 2.0, 3.5, INF]
+FACTORS = torch.tensor([0.5, 2.0, 4.0, 8.0, 0.25, 0.125, 1.0, 3.0])
+RULES: dict[str, ClipRule] = {"norm": NormClip(0.5), "maximum norm": NormClip(0.5, INF), "value": ValueClip(0.1)}
+
+
+def whole_gradients() -> list[tuple[Tensor, Placement | None]]:
+    """Gradients and how they lie on the mesh. Of two processes, the second holds nothing of the second gradient."""
+    generator = torch.Generator().manual_seed(0)
+    placements: list[tuple[tuple[int, ...], Placement | None]] = [
+        ((5, 3), Shard(0)),
+        ((1, 4), Shard(0)),
+        ((4, 3), Shard(1)),
+        ((3,), Replicate()),
+        ((), Replicate()),
+        ((0, 3), Shard(0)),
+        ((2, 2), None),
+    ]
+    gradients = [(torch.randn(shape, generator=generator), placement) for shape, placement in placements]
+    return [*gradients, (torch.randn(7, generator=generator).half(), Shard(0))]
+
+
+def parameters(mesh: DeviceMesh) -> list[nn.Parameter]:
+    weights = []
+    for gradient, placement in whole_gradients():
+        placed = gradient if placement is None else distribute_tensor(gradient, mesh, [placement])
+        weight = nn.Parameter(torch.zeros_like(placed))
+        weight.grad = placed
+        weights.append(weight)
+    return weights
+
+
+def whole(tensor: Tensor | None) -> Tensor:
+    """A copy of all of a tensor."""
+    assert tensor is not None
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def gradients_of(weights: list[nn.Parameter]) -> list[Tensor]:
+    return [whole(weight.grad) for weight in weights]
+
+
+def norms(mesh: DeviceMesh) -> Any:
+    results: dict[float, Any] = {}
+    for norm_type in NORM_TYPES:
+        weights = parameters(mesh)
+        with mock.patch.object(gradient_pass, "all_reduce", wraps=gradient_pass.all_reduce) as all_reduce:
+            measured = measure_gradients(weights, norm_type)
+        results[norm_type] = (measured.per_tensor, measured.total, all_reduce.call_count)
+    return results
+
+
+def bad_elements(mesh: DeviceMesh) -> Any:
+    """Whether each gradient is found finite, with one bad element in the first, on each rank in turn."""
+    results = {}
+    for norm_type in (2.0, INF):
+        for bad in (NAN, INF):
+            for rank in range(mesh.size()):
+                weights = parameters(mesh)
+                if mesh.get_rank() == rank:
+                    weights[0].grad.to_local()[0, 0] = bad  # type: ignore[union-attr]
+                measured = measure_gradients(weights, norm_type)
+                results[norm_type, bad, rank] = (torch.isfinite(measured.per_tensor), measured.finite)
+    return results
+
+
+def scaled(mesh: DeviceMesh) -> Any:
+    together, apart = parameters(mesh), parameters(mesh)
+    scale_gradients_(together, torch.tensor(0.5))
+    scale_each_gradient_(apart, FACTORS)
+    return gradients_of(together), gradients_of(apart)
+
+
+def clipped(mesh: DeviceMesh) -> Any:
+    results = {}
+    for name, rule in RULES.items():
+        weights = parameters(mesh)
+        result = rule.clip_(weights)
+        results[name] = (tuple(result), gradients_of(weights))
+    return results
+
+
+def untouched(mesh: DeviceMesh) -> Any:
+    """What the rules leave of the gradients where one process has a NaN."""
+    results = {}
+    for name, rule in RULES.items():
+        weights = parameters(mesh)
+        if mesh.get_rank() == mesh.size() - 1:
+            weights[0].grad.to_local()[0, 0] = NAN  # type: ignore[union-attr]
+        before = gradients_of(weights)
+        coefficient = rule.clip_(weights).coefficient
+        results[name] = (before, gradients_of(weights), coefficient)
+    return results
+
+
+def changes(mesh: DeviceMesh) -> Any:
+    """Whether a pass lets the gradients be measured again after others have changed them."""
+
+    def halve_in_place(weights: list[nn.Parameter]) -> None:
+        for weight in weights:
+            weight.grad.mul_(0.5)  # type: ignore[union-attr]
+
+    def clip_grad_norm(foreach: bool) -> Callable[[list[nn.Parameter]], Any]:
+        return lambda weights: torch.nn.utils.clip_grad_norm_(weights, 0.5, foreach=foreach)
+
+    results = {}
+    for name, change in {
+        "in place": halve_in_place,
+        "clip_grad_norm_": clip_grad_norm(False),
+        "clip_grad_norm_, grouped": clip_grad_norm(True),
+        "ours": lambda weights: scale_gradients_(weights, torch.tensor(0.5)),
+    }.items():
+        weights = [weight for weight in parameters(mesh) if isinstance(weight, DTensor) and weight.dim() == 2][:1]
+        taken = GradientPass(weights)
+        taken.norms()
+        change(weights)
+        results[name] = taken.changed()
+    return results
+
+
+def partial_sums(mesh: DeviceMesh) -> Any:
+    """A gradient of which every process holds one term: its norms, and what rules leave of it."""
+
+    def make() -> nn.Parameter:
+        weight = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
+        term = torch.tensor([3.0, 4.0 if mesh.get_rank() == 0 else -2.0])
+        weight.grad = DTensor.from_local(term, mesh, [Partial()])
+        return weight
+
+    results = {}
+    for name, rule in {"norm": NormClip(1.0), "value": ValueClip(2.5)}.items():
+        weight = make()
+        results[name] = (rule.clip_([weight]).norm, whole(weight.grad))
+    return results
+
+
+def two_axes(mesh: DeviceMesh) -> Any:
+    """Norms on two-dimensional meshes: replicated along one axis, and sharded along both."""
+    gradient = whole_gradients()[0][0]
+    results = []
+    for shape in ((1, mesh.size()), (mesh.size(), 1)):
+        grid = init_device_mesh("cpu", shape)
+        for placements in ([Replicate(), Shard(0)], [Shard(0), Shard(1)], [Shard(0), Shard(0)]):
+            sharded = distribute_tensor(gradient, grid, placements)
+            results += [gradient_pass.tensor_norms([sharded], norm_type) for norm_type in (2.0, INF)]
+    return results
+
+
+class Buffers(nn.Module):
+    """Sharded and whole buffers; half of the mask is minus infinity."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        for name, value in self.values().items():
+            self.register_buffer(name, distribute_tensor(value, mesh, [Shard(0)]))
+        self.register_buffer("count", torch.tensor(3))
+
+    @staticmethod
+    def values() -> dict[str, Tensor]:
+        mask = torch.zeros(4, 2)
+        mask[2:] = -INF
+        return {
+            "statistics": torch.arange(5.0),
+            "single": torch.ones(1),
+            "mask": mask,
+            "large": torch.ones(400, 300).long(),
+        }
+
+    @torch.no_grad()
+    def spoil(self) -> None:
+        self.count.add_(1)
+        self.single.add_(1)
+        torch._foreach_add_([self.large], 1)  # of which no version counter tells
+        local = self.statistics.to_local()
+        local[0] = NAN
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: whole(buffer) for name, buffer in self.named_buffers()}
+
+
+def buffers(mesh: DeviceMesh) -> Any:
+    restores: dict[str, Callable[[BufferBackup], None]] = {
+        "restore": lambda backup: backup.restore(),
+        "restore_where True": lambda backup: backup.restore_where(torch.tensor(True)),
+        "restore_where False": lambda backup: backup.restore_where(torch.tensor(False)),
+    }
+    results = {}
+    for name, restore in restores.items():
+        module = Buffers(mesh)
+        before, objects = module.state(), list(module.buffers())
+        backup = BufferBackup(module)
+        backup.take()
+        module.spoil()
+        names, flags = backup.spoiled()
+        after = module.state()
+        restore(backup)
+        same_objects = all(one is other for one, other in zip(objects, module.buffers(), strict=True))
+        results[name] = (before, after, module.state(), dict(zip(names, flags.tolist(), strict=True)), same_objects)
+    return results
+
+
+SCENARIOS = [norms, bad_elements, scaled, clipped, untouched, changes, partial_sums, two_axes, buffers]
+
+
+def run(rank: int, processes: int, directory: Path, timeout: float = 60.0) -> dict[str, Any]:
+    """Run all scenarios as one of some processes that meet in a directory."""
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{directory / f'rendezvous of {processes}'}",
+        rank=rank,
+        world_size=processes,
+        timeout=timedelta(seconds=timeout),
+    )
+    try:
+        mesh = init_device_mesh("cpu", (processes,))
+        return {scenario.__name__: scenario(mesh) for scenario in SCENARIOS}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    rank, processes, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    faulthandler.dump_traceback_later(90, exit=True)
+    torch.set_num_threads(1)
+    torch.save(run(rank, processes, directory), directory / f"{rank}.pt")
