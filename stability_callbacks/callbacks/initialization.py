@@ -1,0 +1,141 @@
+"""Initialise the weights at the start of a fresh run."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console
+
+from stability_callbacks._validation import check_bool, check_instance
+from stability_callbacks.initialization import Auto, InitReport, Policy
+
+__all__ = ["Initialization"]
+
+# A plain attribute, so that it goes along with copies and pickles of the model but not into its state_dict.
+_MARK = "_fitted_with_stability_callbacks"
+
+
+class Initialization(Callback):
+    """Initialise a model's weights by a policy before training starts, on a fresh run only.
+
+    Reach for it when signals or gradients die or explode from the first step: in deep networks without norms, in
+    recurrent ones over long sequences.
+
+    It acts in ``on_fit_start``, when the layers exist that ``configure_model`` builds, and only if
+
+    - no checkpoint is being resumed (``trainer.ckpt_path``),
+    - this trainer has not trained yet (``global_step`` and ``current_epoch`` are 0),
+    - and the model has not been fitted with this callback before: it then bears a mark, as do its copies and pickles.
+
+    .. warning::
+        A model from ``load_from_checkpoint``, or one whose pretrained weights you loaded yourself, bears no mark:
+        nothing tells its weights from random ones, and they would be overwritten. Do not use this callback then. To
+        initialise just a new head, freeze the rest (``requires_grad_(False)``), or name the head with
+        :class:`~stability_callbacks.initialization.ByPattern`.
+
+    The random state of training (torch, CUDA, NumPy, Python) stays as it was, yet the weights are reproducible under
+    ``seed_everything``: their seed is drawn from a copy of that state, and is that of rank 0 everywhere, so all
+    processes have the same weights, under DDP and FSDP2 (``ModelParallelStrategy``). Learning-rate and batch-size
+    finders see the initialised model: this callback goes before them, wherever it stands in the list.
+
+    A policy that looks at data (:class:`~stability_callbacks.initialization.LSUV`) gets the first training batch of
+    rank 0, and needs a ``forward`` that takes the batch's first element; a loader that can be iterated only once loses
+    that batch.
+
+    Args:
+        policy: What to write into which parameter. None (default): :class:`~stability_callbacks.initialization.Auto`.
+        verbose: Whether to print what was done to each parameter. Default True.
+
+    Attributes:
+        report: What was done to each parameter; None while nothing was.
+
+    Raises:
+        TypeError: If ``policy`` is not a policy, or ``verbose`` not a boolean. At fit start:
+            ``MisconfigurationException`` with FSDP1 or DeepSpeed, which keep copies of the weights out of reach; and
+            what the policy raises.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from stability_callbacks import Initialization
+        >>> from stability_callbacks.initialization import Recurrent
+        >>> trainer = Trainer(callbacks=[Initialization(Recurrent(forget_bias=1.0))], logger=False)
+    """
+
+    report: InitReport | None
+
+    def __init__(self, policy: Policy | None = None, verbose: bool = True) -> None:
+        allowed = "an initialisation policy such as Auto()"
+        self.policy = Auto() if policy is None else check_instance("policy", policy, Policy, allowed)  # type: ignore[type-abstract]
+        self.verbose = check_bool("verbose", verbose)
+        self.report = None
+        self._model_is_new: bool | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        # Read here, since another `Initialization` in the list may set the mark in its `on_fit_start`.
+        self._model_is_new = not _is_marked(pl_module)
+        callbacks = _callbacks(trainer)
+        if any(isinstance(callback, LearningRateFinder | BatchSizeFinder) for callback in callbacks):
+            # They act in `on_fit_start`, too, and Lightning puts them first. A new list: this one is being iterated.
+            first = sorted(callbacks, key=lambda callback: not isinstance(callback, Initialization))
+            trainer.callbacks = first  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_new, self._model_is_new = self._model_is_new, None
+        if is_new is None:
+            is_new = not _is_marked(pl_module)
+        if is_new and trainer.ckpt_path is None and trainer.global_step == 0 and trainer.current_epoch == 0:
+            self._initialize(trainer, pl_module)
+        else:
+            rank_zero_info("Initialization leaves the weights as they are: this is not their first run.")
+        setattr(pl_module, _MARK, True)
+
+    def _initialize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"`Initialization` does not work with {type(trainer.strategy).__name__}, which keeps copies of the"
+                " weights: use `ModelParallelStrategy` with `fully_shard`, or call `policy.apply(...)` on your layers"
+                " where they are built."
+            )
+        if self.policy.needs_batch:
+            # As training itself does a moment later: what this draws must come from the state of training.
+            trainer.fit_loop.setup_data()
+        with isolate_rng():
+            # Two of these callbacks must not draw the same numbers for different layers.
+            seed = trainer.strategy.broadcast(int(torch.randint(2**62, ()))) + self._position(trainer)
+            torch.default_generator.manual_seed(seed)
+            if torch.cuda.is_available():
+                torch.cuda.manual_seed_all(seed)
+            batch = _first_batch(trainer) if self.policy.needs_batch else None
+            self.report = self.policy.apply(pl_module, batch)
+        if self.verbose and trainer.is_global_zero:
+            Console().print(self.report)
+
+    def _position(self, trainer: pl.Trainer) -> int:
+        """How many callbacks of this class stand before this one."""
+        before = takewhile(lambda callback: callback is not self, _callbacks(trainer))
+        return sum(isinstance(callback, Initialization) for callback in before)
+
+
+def _callbacks(trainer: pl.Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def _first_batch(trainer: pl.Trainer) -> Any:
+    """The first training batch of rank 0, on this process's device."""
+    batch = next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
+    return trainer.strategy.batch_to_device(trainer.strategy.broadcast(batch))
+
+
+def _is_marked(pl_module: pl.LightningModule) -> bool:
+    return getattr(pl_module, _MARK, False)

@@ -1,0 +1,251 @@
+"""The callback that skips bad steps."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from stability_callbacks._validation import check_bool, check_instance, check_integer, check_number
+from stability_callbacks.callbacks._base import StabilityCallback
+from stability_callbacks.callbacks._lifecycle import StepLifecycle
+from stability_callbacks.callbacks._optimizer_step import OptimizerStep, StepRecord
+from stability_callbacks.detection import Detector, NonFinite, StepEvidence
+
+__all__ = ["StepGuard"]
+
+_log = logging.getLogger(__name__)
+
+# Skips are announced one by one up to this number, then only when it has grown tenfold.
+_ANNOUNCED_SKIPS = 10
+
+
+class StepGuard(StabilityCallback):
+    """Skips optimizer steps that detectors find bad, as if their batch had never been, and stops hopeless runs.
+
+    A skipped step changes nothing: not the weights, nor any optimizer state, weight decay or step count, nor a buffer
+    such as batch normalisation's statistics and counters, nor the statistics of clip rules. Only the clock goes on:
+    ``trainer.global_step`` and schedules, so that these end where they should. Under gradient accumulation the whole
+    window of micro-batches is dropped. All ranks skip together.
+
+    Training stops with :class:`~stability_callbacks.TrainingDivergedError` after too many skips in a row, or too large
+    a share of the recent steps. With torch's fused optimizers the host does not wait for verdicts: the steps are
+    skipped on the device, and counts and that error come up to one log interval later.
+
+    Args:
+        detectors: What makes a step bad, a non-empty sequence. Default: ``[NonFinite()]``.
+        max_consecutive_skips: Training stops after this many skips in a row, >= 1. Default 50.
+        max_skipped_share: Training stops when more than this share of the last ``share_window`` steps was skipped, in
+            ``(0, 1]``. Default 0.5.
+        protect_buffers: Whether a skip restores the model's buffers. They are backed up before each step, which costs a
+            copy of them. Default True.
+        share_window: Number of steps for the share, >= 1; it is judged once that many were seen. Default 200.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of its range, or there is no detector.
+        TrainingDivergedError: During training, see above.
+
+    Example:
+        >>> from stability_callbacks import StepGuard
+        >>> from stability_callbacks.detection import NonFinite
+        >>> guard = StepGuard([NonFinite()], max_consecutive_skips=20)
+        >>> guard.skipped_steps
+        0
+
+    Metrics:
+        ``stability/skipped_steps``: number of steps skipped so far; ``stability/loss_scale``: the loss scale, in fp16.
+    """
+
+    _skipped_steps: int
+    _consecutive_skips: int
+    _recent: deque[bool]
+    _diverged: str | None
+    _suspects: _Suspects | None
+    _found: dict[str, _Suspects]
+    _loss_scale: Tensor | None
+
+    def __init__(
+        self,
+        detectors: Sequence[Detector] | None = None,
+        max_consecutive_skips: int = 50,
+        max_skipped_share: float = 0.5,
+        protect_buffers: bool = True,
+        share_window: int = 200,
+    ) -> None:
+        super().__init__()
+        self.detectors = _check_detectors([NonFinite()] if detectors is None else detectors)
+        self.max_consecutive_skips = check_integer("max_consecutive_skips", max_consecutive_skips, at_least=1)
+        self.max_skipped_share = check_number("max_skipped_share", max_skipped_share, above=0, at_most=1)
+        self.protect_buffers = check_bool("protect_buffers", protect_buffers)
+        self.share_window = check_integer("share_window", share_window, at_least=1)
+        self._reset()
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps skipped so far."""
+        self._catch_up()
+        return self._skipped_steps
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(detectors=self.detectors)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._catch_up()
+        return {
+            "skipped_steps": self._skipped_steps,
+            "consecutive_skips": self._consecutive_skips,
+            "recent": list(self._recent),
+            "detectors": [detector.state_dict() for detector in self.detectors],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._skipped_steps = state_dict["skipped_steps"]
+        self._consecutive_skips = state_dict["consecutive_skips"]
+        self._recent = deque(state_dict["recent"], maxlen=self.share_window)
+        for detector, state in zip(self.detectors, state_dict["detectors"], strict=True):
+            detector.load_state_dict(state)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self._diverged = None
+        if trainer.global_step == 0:
+            self._reset()
+
+    def prepare(self, lifecycle: StepLifecycle) -> None:
+        if self.protect_buffers:
+            lifecycle.protect_buffers()
+
+    def observe(self, step: OptimizerStep) -> None:
+        if self.logs_now(step.lifecycle):
+            self._loss_scale = step.loss_scale
+
+    def vote(self, step: OptimizerStep) -> list[tuple[str, Tensor]]:
+        assert step.gradients is not None
+        norms = step.gradients.norms()
+        buffers = step.lifecycle.buffers
+        spoiled_names, spoiled = buffers.spoiled() if buffers is not None else ((), None)
+        evidence = StepEvidence(loss=step.loss, gradients=norms, spoiled_buffers=spoiled)
+        votes = [(detector.kind, detector(evidence)) for detector in self.detectors]
+        flags = [
+            ~torch.isfinite(norms.per_tensor),
+            *([] if spoiled is None else [spoiled.to(norms.total.device)]),
+            torch.stack([flag for _, flag in votes]).any().reshape(1),
+        ]
+        self._suspects = _Suspects((*norms.names, *spoiled_names), len(norms.names), torch.cat(flags))
+        return votes
+
+    def on_step_attempted(self, step: OptimizerStep) -> None:
+        if step.skip is None or self._suspects is None:
+            return
+        if step.skipped:
+            self._found[step.label] = self._suspects
+        elif step.skipped is None:
+            known = self._found.get(step.label)
+            if known is None or known.names != self._suspects.names:
+                known = self._suspects._replace(flags=torch.zeros_like(self._suspects.flags))
+            self._found[step.label] = known._replace(flags=torch.where(step.skip, self._suspects.flags, known.flags))
+        self._suspects = None
+
+    def account(self, record: StepRecord) -> None:
+        self._recent.append(record.skipped)
+        if not record.skipped:
+            self._consecutive_skips = 0
+            return
+        self._skipped_steps += 1
+        self._consecutive_skips += 1
+        if self._skipped_steps <= _ANNOUNCED_SKIPS or str(self._skipped_steps).strip("0") == "1":
+            self._announce(record)
+        if self._diverged is None:
+            self._diverged = self._judge(record)
+
+    def divergence(self) -> str | None:
+        return self._diverged
+
+    def device_scalars(self) -> list[tuple[Sequence[str], Tensor]]:
+        scale, self._loss_scale = self._loss_scale, None
+        return [] if scale is None else [(["stability/loss_scale"], scale.reshape(1))]
+
+    def host_scalars(self) -> Mapping[str, float]:
+        return {"stability/skipped_steps": float(self._skipped_steps)}
+
+    def _judge(self, record: StepRecord) -> str | None:
+        share = sum(self._recent) / len(self._recent)
+        if self._consecutive_skips >= self.max_consecutive_skips:
+            what = f"{self._consecutive_skips} steps in a row were skipped (max_consecutive_skips)"
+        elif len(self._recent) == self.share_window and share > self.max_skipped_share:
+            what = (
+                f"{share:.0%} of the last {self.share_window} steps were skipped, more than "
+                f"max_skipped_share={self.max_skipped_share:g}"
+            )
+        else:
+            return None
+        return (
+            f"Training has diverged: {what}. The last one was {self._describe(record)}. The weights are those "
+            "after the last good step. Look for bad input data, lower the learning rate, clip gradients harder, or "
+            "raise the limit."
+        )
+
+    def _describe(self, record: StepRecord) -> str:
+        where = f"step {record.global_step} (epoch {record.epoch}, batch {record.batch_idx}, {record.optimizer})"
+        seen = f"{' and '.join(record.votes)}: loss {record.loss:g}, gradient norm {record.norm:g}"
+        found = self._found.get(record.optimizer)
+        return f"{where}, {seen}{'' if found is None else found.describe()}"
+
+    @rank_zero_only
+    def _announce(self, record: StepRecord) -> None:
+        _log.warning("Skipped %s. %d skipped so far.", self._describe(record), self._skipped_steps)
+
+    def _reset(self) -> None:
+        self._skipped_steps = 0
+        self._consecutive_skips = 0
+        self._recent = deque(maxlen=self.share_window)
+        self._found = {}
+        self._diverged = self._suspects = self._loss_scale = None
+
+
+class _Suspects(NamedTuple):
+    """Which gradients and buffers hold non-finite values, still on the device.
+
+    Attributes:
+        names: Names of parameters, then of buffers.
+        parameters: How many of the names are parameters.
+        flags: Boolean, one for each name, and last whether this process voted against the step.
+    """
+
+    names: tuple[str, ...]
+    parameters: int
+    flags: Tensor
+
+    def describe(self) -> str:
+        *bad, voted = self.flags.tolist()
+        gradients = [
+            name for name, flag in zip(self.names[: self.parameters], bad[: self.parameters], strict=True) if flag
+        ]
+        buffers = [
+            name for name, flag in zip(self.names[self.parameters :], bad[self.parameters :], strict=True) if flag
+        ]
+        text = "" if voted else "; found by another process"
+        if gradients:
+            text += f"; non-finite gradients in {len(gradients)} of {self.parameters} parameters, first {gradients[0]}"
+        if buffers:
+            text += f"; non-finite buffers {', '.join(buffers[:3])}{' ...' if len(buffers) > 3 else ''}"
+        return text
+
+
+def _check_detectors(detectors: Sequence[Detector]) -> list[Detector]:
+    allowed = "a non-empty sequence of detectors, such as [NonFinite()]"
+    if isinstance(detectors, Detector) or not isinstance(detectors, Sequence):
+        raise TypeError(f"`detectors` must be {allowed}, got {detectors!r} of type {type(detectors).__name__}")
+    if not detectors:
+        raise ValueError(f"`detectors` must be {allowed}, got {detectors!r}")
+    return [check_instance(f"detectors[{i}]", detector, Detector, "a detector") for i, detector in enumerate(detectors)]  # type: ignore[type-abstract]

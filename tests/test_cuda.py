@@ -1,0 +1,157 @@
+"""What only a GPU can show: verdicts on the device, host waits, loss scaling. Skipped where there is none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+
+from stability_callbacks import GradientClipping, GradientMonitor, LRSchedule, StepGuard, TrainingDivergedError
+from stability_callbacks.clipping import NormClip, ValueClip
+from stability_callbacks.schedules import WarmupCosine
+from tests.models import NormNet, ResumableLoader, assert_same_bits, fit, make_batches, poison, training_state
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "sgd-fused": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "adam-fused": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, amsgrad=True, fused=True),
+}
+
+
+def run(optimizer: str, batches: list[Any], callbacks: list[Any], **arguments: Any) -> tuple[Any, pl.Trainer]:
+    pl.seed_everything(0, verbose=False)
+    model = NormNet(OPTIMIZERS[optimizer])
+    trainer = fit(model, batches, callbacks, accelerator="gpu", **arguments)
+    return training_state(model, trainer), trainer
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Any:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_skip_is_a_perfect_no_op(optimizer: str, precision: str) -> None:
+    clean = make_batches(8)
+    bad = [poison(clean[0]), *clean[:3], poison(clean[1], float("inf")), poison(clean[2]), *clean[3:]]
+    guard = StepGuard()
+    clip = lambda: GradientClipping(NormClip(0.5))  # noqa: E731
+    healed, _ = run(optimizer, bad, [guard, clip(), GradientMonitor()], precision=precision)
+    expected, _ = run(optimizer, clean, [clip()], precision=precision)
+    assert guard.skipped_steps == 3
+    assert_same_bits(healed, expected)
+
+
+@pytest.mark.parametrize("rule", [NormClip(0.5), ValueClip(0.01)], ids=["norm", "value"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_fp16_skips_and_clips_with_a_loss_scale(optimizer: str, rule: Any) -> None:
+    clean = make_batches(6)
+    bad = [*clean[:2], poison(clean[1]), *clean[2:]]
+    guard = StepGuard()
+    healed, _ = run(optimizer, bad, [guard, GradientClipping(rule)], precision="16-mixed")
+    assert guard.skipped_steps >= 1
+    assert all(value.isfinite().all() for value in healed["model"].values() if value.is_floating_point())
+    if "fused" not in optimizer:
+        argument = {"value": rule.max_value} if isinstance(rule, ValueClip) else {"norm": rule.max_norm}
+        [(kind, bound)] = argument.items()
+        ours, _ = run(optimizer, clean, [StepGuard(), GradientClipping(rule)], precision="16-mixed")
+        theirs, _ = run(
+            optimizer, clean, [], precision="16-mixed", gradient_clip_val=bound, gradient_clip_algorithm=kind
+        )
+        assert_same_bits(ours["optimizers"], theirs["optimizers"])
+
+
+def test_divergence_on_the_device_is_found_at_a_log_step() -> None:
+    batches = [poison(batch) for batch in make_batches(40)]
+    good = make_batches(2)
+    with pytest.raises(TrainingDivergedError, match="10 steps in a row"):
+        run("adamw-fused", [*good, *batches], [StepGuard(max_consecutive_skips=10)], log_every_n_steps=15)
+
+
+class Waits(pl.Callback):
+    """Counts the host's waits for the device, batch by batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[warnings.WarningMessage] = []
+        self.counts: list[int] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        total = sum("synchronizing CUDA operation" in str(warning.message) for warning in self.seen)
+        self.counts.append(total - sum(self.counts))
+
+
+class Plain(pl.LightningModule):
+    """A module that never reads from the device itself."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        self.fused = fused
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), fused=self.fused)
+
+
+def waits_per_step(fused: bool, callbacks: list[Any], tmp_path: Any) -> list[int]:
+    counter = Waits()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        counter.seen = caught
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            fit(
+                Plain(fused),
+                ResumableLoader([(x.cuda(), y.cuda()) for x, y in make_batches(41)]),
+                [*callbacks, counter],
+                accelerator="gpu",
+                logger=CSVLogger(tmp_path),
+                log_every_n_steps=10,
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return counter.counts
+
+
+def suite() -> list[Any]:
+    return [LRSchedule(WarmupCosine()), GradientMonitor(), GradientClipping(NormClip(1.0)), StepGuard()]
+
+
+def test_fused_optimizers_never_wait_between_log_steps(tmp_path: Any) -> None:
+    bare = waits_per_step(True, [], tmp_path)
+    ours = waits_per_step(True, suite(), tmp_path)
+    extra = [count - base for count, base in zip(ours, bare, strict=True)]
+    between = [count for step, count in enumerate(extra) if (step + 1) % 10 and step > 0]
+    assert between == [0] * len(between), extra
+    assert max(extra) <= 1, extra
+
+
+def test_other_optimizers_wait_at_most_once_a_step(tmp_path: Any) -> None:
+    bare = waits_per_step(False, [], tmp_path)
+    ours = waits_per_step(False, suite(), tmp_path)
+    extra = [count - base for count, base in zip(ours, bare, strict=True)]
+    assert max(extra) == 1, extra
+
+
+def test_deferred_metrics_all_arrive(tmp_path: Any) -> None:
+    logger = CSVLogger(tmp_path)
+    pl.seed_everything(0, verbose=False)
+    fit(Plain(False), make_batches(25), suite(), accelerator="gpu", logger=logger, log_every_n_steps=5)
+    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    position = rows[0].split(",").index("step")
+    assert [row.split(",")[position] for row in rows[1:]] == ["4", "9", "14", "19", "24"]
