@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -44,15 +43,17 @@ class BatonLoader:
         steps: Number of batches in all.
         steps_per_turn: Batches handed out before the turn passes on. On a GPU more than one, so that the host can run
             ahead of the device as it does in real training.
+        clock: Tells the time in seconds.
 
     Attributes:
         seconds: For each turn the time per step, from a batch being handed out to the request for the next.
     """
 
-    def __init__(self, batch: Any, steps: int, steps_per_turn: int) -> None:
+    def __init__(self, batch: Any, steps: int, steps_per_turn: int, clock: Callable[[], float]) -> None:
         self.batch = batch
         self.steps = steps
         self.steps_per_turn = steps_per_turn
+        self.clock = clock
         self.seconds: list[float] = []
         self.baton: Baton | None = None
         self.index = 0
@@ -65,11 +66,11 @@ class BatonLoader:
         for _ in range(self.steps // self.steps_per_turn):
             self.baton.wait(self.index)
             _synchronize()
-            start = time.perf_counter()
+            start = self.clock()
             for _ in range(self.steps_per_turn):
                 yield self.batch
             _synchronize()
-            self.seconds.append((time.perf_counter() - start) / self.steps_per_turn)
+            self.seconds.append((self.clock() - start) / self.steps_per_turn)
             self.baton.pass_on(self.index)
 
 

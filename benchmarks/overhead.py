@@ -1,8 +1,10 @@
 """What the callbacks cost per step, as ratios to a bare Trainer: ``python -m benchmarks.overhead --help``.
 
 All arms train the same network, each with its own Trainer in its own thread, and take turns step by step, so that a
-busy moment of the machine hits all of them alike. Steps that log and steps that do not are timed apart; the cost of a
-step is their mean at Lightning's default of one log in 50 steps.
+busy moment of the machine hits all of them alike. On the CPU the time is that which the training thread had a
+processor for; on a GPU it is the wall's. Each step is compared with the bare arm's step in the same turn. Steps that
+log and those that do not are compared apart: the ratio is that of those that do not, plus a fiftieth of what log steps
+cost more (Lightning's default cadence). The interval holds 90 % of the ratio's bootstrap distribution over the turns.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import datetime
 import json
 import logging
 import platform
+import random
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -36,6 +40,7 @@ from stability_callbacks.schedules import WarmupCosine
 _LOG_EVERY = 10  # more often than the default, to time enough log steps
 _DEFAULT_LOG_EVERY = 50
 _WARM_UP_LOGS = 2
+_RESAMPLES = 1000
 
 # name: module class, callbacks for a kind of model, Trainer arguments
 Arm = tuple[type[Classifier], Callable[[str], list[Callback]], dict[str, Any]]
@@ -71,6 +76,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--arms", nargs="+", choices=list(_ARMS), default=list(_ARMS), metavar="ARM")
     parser.add_argument("--logs", type=int, default=6, help=f"log steps timed per arm, one in {_LOG_EVERY} steps")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -87,12 +93,15 @@ def _measure(model: str, arguments: argparse.Namespace) -> dict[str, dict[str, f
     # On a GPU a turn is one log interval; on the CPU one step.
     per_turn = _LOG_EVERY if arguments.device == "cuda" else 1
     steps = (_WARM_UP_LOGS + arguments.logs) * _LOG_EVERY
+    names = list(dict.fromkeys(["bare", *arguments.arms]))
     with tempfile.TemporaryDirectory() as folder:
         runs = []
-        for name, (module_class, make_callbacks, trainer_arguments) in _ARMS.items():
+        for name in names:
+            module_class, make_callbacks, trainer_arguments = _ARMS[name]
             torch.manual_seed(0)
             module = module_class(make_net(), arguments.fused)
-            loader = BatonLoader(batch, steps, per_turn)
+            clock = time.perf_counter if arguments.device == "cuda" else time.thread_time
+            loader = BatonLoader(batch, steps, per_turn, clock)
             trainer = pl.Trainer(
                 max_epochs=1,
                 accelerator="gpu" if arguments.device == "cuda" else "cpu",
@@ -108,34 +117,32 @@ def _measure(model: str, arguments: argparse.Namespace) -> dict[str, dict[str, f
             runs.append((loader, partial(trainer.fit, module, loader)))
         take_turns(runs)
     parameters = sum(parameter.numel() for parameter in make_net().parameters())
-    seconds = {name: loader.seconds for name, (loader, _) in zip(_ARMS, runs, strict=True)}
+    seconds = {name: loader.seconds for name, (loader, _) in zip(names, runs, strict=True)}
     return {
         name: {"parameters": parameters, **_ratio(times, seconds["bare"], per_turn)} for name, times in seconds.items()
     }
 
 
 def _ratio(times: list[float], bare: list[float], per_turn: int) -> dict[str, float]:
-    """Cost relative to the bare arm, paired turn by turn: median and quartiles."""
-    if per_turn > 1:  # each turn holds one log step
-        pairs = [t / b for t, b in zip(times, bare, strict=True)][_WARM_UP_LOGS:]
-        return {"ms": 1e3 * statistics.median(times[_WARM_UP_LOGS:]), **_quartiles(pairs)}
-    first = _WARM_UP_LOGS * _LOG_EVERY
-    ordinary = [i for i in range(first, len(times)) if (i + 1) % _LOG_EVERY]
-    logging_steps = [i for i in range(first, len(times)) if not (i + 1) % _LOG_EVERY]
-    quartiles = _quartiles([times[i] / bare[i] for i in ordinary])
-    usual, bare_usual = (statistics.median(t[i] for i in ordinary) for t in (times, bare))
-    extra, bare_extra = (
-        max(statistics.median(t[i] for i in logging_steps) - u, 0.0) / _DEFAULT_LOG_EVERY
-        for t, u in ((times, usual), (bare, bare_usual))
+    """Cost relative to the bare arm's step in the same turn: the median, with a bootstrap interval of it."""
+    first = _WARM_UP_LOGS * _LOG_EVERY // per_turn
+    logs = [turn for turn in range(first, len(times)) if (turn + 1) * per_turn % _LOG_EVERY == 0]
+    others = [turn for turn in range(first, len(times)) if (turn + 1) * per_turn % _LOG_EVERY] or logs
+
+    def ratio(others: list[int], logs: list[int]) -> float:
+        usual, log = (statistics.median(times[turn] / bare[turn] for turn in turns) for turns in (others, logs))
+        return usual + (log - usual) / _DEFAULT_LOG_EVERY
+
+    generator = random.Random(0)
+    resampled = sorted(
+        ratio(generator.choices(others, k=len(others)), generator.choices(logs, k=len(logs))) for _ in range(_RESAMPLES)
     )
-    # What log steps cost more, spread over a default log interval.
-    surcharge = (extra - bare_extra) / bare_usual
-    return {"ms": 1e3 * (usual + extra), **{name: value + surcharge for name, value in quartiles.items()}}
-
-
-def _quartiles(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"ratio": median, "low": low, "high": high}
+    return {
+        "ms": 1e3 * statistics.median(times[turn] for turn in others),
+        "ratio": ratio(others, logs),
+        "low": resampled[_RESAMPLES // 20],
+        "high": resampled[-_RESAMPLES // 20],
+    }
 
 
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -154,11 +161,11 @@ def _print(model: str, arms: dict[str, dict[str, float]]) -> None:
     parameters = next(iter(arms.values()))["parameters"]
     table = Table(title=f"{model}, {parameters / 1e6:.1f} M parameters")
     table.add_column("arm")
-    for column in ("ms per step", "ratio to bare", "quartiles"):
+    for column in ("ms per step", "ratio to bare", "90 % interval"):
         table.add_column(column, justify="right")
     for name, figures in arms.items():
-        quartiles = f"{figures['low']:.3f} - {figures['high']:.3f}"
-        table.add_row(name, f"{figures['ms']:.2f}", f"{figures['ratio']:.3f}", quartiles)
+        interval = f"{figures['low']:.3f} - {figures['high']:.3f}"
+        table.add_row(name, f"{figures['ms']:.2f}", f"{figures['ratio']:.3f}", interval)
     Console(width=100).print(table)
 
 

@@ -23,6 +23,7 @@ from stability_callbacks._validation import check_number
 __all__ = [
     "GradientNorms",
     "GradientPass",
+    "NamedParameters",
     "Parameters",
     "add_partial_sums",
     "combine_norms",
@@ -68,7 +69,11 @@ class GradientNorms(NamedTuple):
         return torch.isfinite(self.total)
 
 
-def named_parameters(parameters: Parameters) -> list[tuple[str, Tensor]]:
+class NamedParameters(list[tuple[str, Tensor]]):
+    """``(name, parameter)`` pairs, each parameter once, which need not be looked through again."""
+
+
+def named_parameters(parameters: Parameters) -> NamedParameters:
     """Give every parameter a name and drop repetitions, so that tied parameters count once.
 
     Args:
@@ -85,6 +90,8 @@ def named_parameters(parameters: Parameters) -> list[tuple[str, Tensor]]:
         >>> [name for name, _ in named_parameters([weight, weight, torch.ones(1)])]
         ['0', '2']
     """
+    if isinstance(parameters, NamedParameters):
+        return parameters
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     elif not isinstance(parameters, Iterable):
@@ -97,12 +104,12 @@ def named_parameters(parameters: Parameters) -> list[tuple[str, Tensor]]:
             unique.setdefault(id(item[1]), item)
         else:
             raise _not_parameters(item)
-    return list(unique.values())
+    return NamedParameters(unique.values())
 
 
-def named_gradients(parameters: Parameters) -> list[tuple[str, Tensor]]:
+def named_gradients(parameters: Parameters) -> NamedParameters:
     """The parameters that have a gradient, named; see :func:`named_parameters`."""
-    return [(name, parameter) for name, parameter in named_parameters(parameters) if parameter.grad is not None]
+    return NamedParameters(pair for pair in named_parameters(parameters) if pair[1].grad is not None)
 
 
 def local_values(tensor: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from stability_callbacks.callbacks._learning_rates import LearningRates
 from stability_callbacks.clipping import ClipResult
-from stability_callbacks.gradient_pass import GradientNorms, GradientPass, measure_gradients, scale_gradients_
+from stability_callbacks.gradient_pass import (
+    GradientNorms,
+    GradientPass,
+    NamedParameters,
+    measure_gradients,
+    scale_gradients_,
+)
 
 if TYPE_CHECKING:
     from stability_callbacks.callbacks._lifecycle import StepLifecycle
@@ -92,7 +98,7 @@ class OptimizerStep:
         self._depth = 0
         self._owns_found_inf = False
         self._votes: list[tuple[str, Tensor]] = []
-        self._named: tuple[tuple[int, ...], list[tuple[str, Tensor]]] = ((), [])
+        self._named: tuple[tuple[int, ...], NamedParameters] = ((), NamedParameters())
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -101,7 +107,7 @@ class OptimizerStep:
     # ---- what callbacks may ask
 
     @property
-    def parameters(self) -> list[tuple[str, Tensor]]:
+    def parameters(self) -> NamedParameters:
         sizes = tuple(len(group["params"]) for group in self.optimizer.param_groups)
         if sizes != self._named[0]:
             self._named = (sizes, self._name_parameters())
@@ -140,7 +146,7 @@ class OptimizerStep:
 
     @torch.no_grad()
     def measure(self, loss: Tensor | None, batch_idx: int) -> None:
-        """Measure the gradients, let the callbacks observe and vote, and reach the verdict. Changes nothing."""
+        """Measure the gradients, let the callbacks observe and vote, and reach the verdict. Changes no gradient."""
         self.abandon()
         trainer = self.lifecycle.trainer
         self._measured = True
@@ -258,8 +264,7 @@ class OptimizerStep:
             self._depth += 1
             return None
         if closure is None:
-            outermost = self._depth == 0 or (self._measured and not self._acted)
-            self._depth = 1 if outermost else self._depth + 1
+            self._depth += 1
             self.act()
             return None
         self._depth = 1
@@ -302,13 +307,13 @@ class OptimizerStep:
         numbers = [loss, norm, clip.clipped_norm, clip.coefficient, *(vote for _, vote in self._votes)]
         return torch.stack([number.to(norm.device, torch.float32) for number in numbers])
 
-    def _name_parameters(self) -> list[tuple[str, Tensor]]:
+    def _name_parameters(self) -> NamedParameters:
         names = {id(parameter): name for name, parameter in self.lifecycle.named_parameters}
-        return [
+        return NamedParameters(
             (names.get(id(parameter), f"{self.label}.group{group_index}.{position}"), parameter)
             for group_index, group in enumerate(self.optimizer.param_groups)
             for position, parameter in enumerate(group["params"])
-        ]
+        )
 
 
 class _ActingClosure:

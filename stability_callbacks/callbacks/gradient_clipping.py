@@ -61,6 +61,8 @@ class GradientClipping(StabilityCallback):
     def __init__(self, rule: ClipRule | list[ClipRule]) -> None:
         super().__init__()
         self.rules = _check_rules(rule)
+        # Lightning asks for the key at every call of every hook.
+        self._state_key = self._generate_state_key(rules=self.rules)
         self._reset()
 
     @property
@@ -71,7 +73,7 @@ class GradientClipping(StabilityCallback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(rules=self.rules)
+        return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()

@@ -56,13 +56,15 @@ class LRSchedule(StabilityCallback):
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = check_instance("schedule", schedule, Schedule, "a schedule, such as WarmupCosine()")  # type: ignore[type-abstract]
+        # Lightning asks for the key at every call of every hook.
+        self._state_key = self._generate_state_key(schedule=self.schedule)
         self._attempted: list[int] = []
         self._total_steps: int | None = None
         self._rates: dict[str, float | Tensor] = {}
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(schedule=self.schedule)
+        return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()

@@ -85,6 +85,8 @@ class StepGuard(StabilityCallback):
         self.max_skipped_share = check_number("max_skipped_share", max_skipped_share, above=0, at_most=1)
         self.protect_buffers = check_bool("protect_buffers", protect_buffers)
         self.share_window = check_integer("share_window", share_window, at_least=1)
+        # Lightning asks for the key at every call of every hook.
+        self._state_key = self._generate_state_key(detectors=self.detectors)
         self._reset()
 
     @property
@@ -95,7 +97,7 @@ class StepGuard(StabilityCallback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(detectors=self.detectors)
+        return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stability_callbacks import GradientClipping, GradientMonitor, StepGuard
 from stability_callbacks.clipping import ClipResult, NormClip, ValueClip
+from stability_callbacks.detection import Detector, NonFinite, StepEvidence
 from tests.models import (
     MODELS,
     AverageClip,
@@ -221,14 +222,26 @@ def test_thresholds_that_lie_on_the_device_are_logged() -> None:
     assert list(logger.values("stability/clip_threshold").values()) == pytest.approx(expected, rel=1e-6)
 
 
-def test_skipped_steps_have_no_share_in_the_clipped_ones() -> None:
-    for optimizer in (sgd, lambda p: torch.optim.AdamW(p, fused=True)):
-        batches = make_batches(6)
-        batches[2] = poison(batches[2])
-        logger = MemoryLogger()
-        callbacks = [GradientClipping(NormClip(1e-3)), StepGuard()]
-        fit(NormNet(optimizer), batches, callbacks, logger=logger, log_every_n_steps=6)
-        assert logger.values("stability/clipped_fraction") == {5: 1.0}
+class Third(Detector):
+    """Votes against the third step, whose gradients are as finite as any."""
+
+    kind: ClassVar[str] = "third"
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, evidence: StepEvidence) -> Tensor:
+        self.seen += 1
+        return torch.tensor(self.seen == 3)
+
+
+@pytest.mark.parametrize("optimizer", [sgd, lambda p: torch.optim.AdamW(p, fused=True)], ids=["host", "device"])
+def test_skipped_steps_have_no_share_in_the_clipped_ones(optimizer: Any) -> None:
+    logger, guard = MemoryLogger(), StepGuard([Third(), NonFinite()])
+    batches = [*make_batches(5), poison(make_batches(1)[0])]
+    fit(NormNet(optimizer), batches, [GradientClipping(NormClip(1e-3)), guard], logger=logger, log_every_n_steps=6)
+    assert guard.skipped_steps == 2
+    assert logger.values("stability/clipped_fraction") == {5: 1.0}
 
 
 def test_with_several_optimizers_the_names_end_in_the_optimizer() -> None:

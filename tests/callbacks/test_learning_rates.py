@@ -78,6 +78,15 @@ def test_state_dicts_hold_base_rates_of_their_own(tensor: bool) -> None:
     assert rates_of(optimizer) == [1.0, 0.3]
 
 
+def test_writing_into_a_state_dict_does_not_reach_the_base_rate() -> None:
+    optimizer = optimizer_with(0.1, tensor=True)
+    rates = LearningRates(optimizer)
+    rates.multiply([0.5])
+    saved_rates(optimizer)[0].fill_(9.0)
+    rates.restore()
+    assert rates_of(optimizer) == [0.1]
+
+
 @either
 def test_what_another_party_writes_is_a_new_base_rate(tensor: bool) -> None:
     optimizer = optimizer_with(0.1, tensor=tensor)

@@ -136,11 +136,12 @@ def test_the_schedules_own_total_wins() -> None:
     assert rates(trainer)[5:] == [0.0, 0.0, 0.0]
 
 
-def test_accumulation_that_changes_between_epochs_is_counted_right() -> None:
+@pytest.mark.parametrize(("max_steps", "total"), [(-1, 7 + 7 + 3 + 4 + 4), (20, 20)])
+def test_accumulation_that_changes_between_epochs_is_counted_right(max_steps: int, total: int) -> None:
     schedule = WarmupCosine(warmup=0.25)
     accumulation = GradientAccumulationScheduler({0: 1, 2: 3, 3: 2})
-    trainer = fit(Net(), make_batches(7), [accumulation, LRSchedule(schedule)], max_epochs=5)
-    total = 7 + 7 + 3 + 4 + 4
+    callbacks = [accumulation, LRSchedule(schedule)]
+    trainer = fit(Net(), make_batches(7), callbacks, max_epochs=5, max_steps=max_steps)
     assert rates(trainer) == [0.1 * multiple for multiple in multiples(schedule, total, total)]
 
 
@@ -386,6 +387,10 @@ def test_a_second_fit_of_the_same_trainer_goes_on_and_one_of_another_starts_anew
     trainer.fit(Net(), DataLoader(make_batches(3), batch_size=None))
     assert rates(trainer) == [0.1 * multiple for multiple in multiples(schedule, 6)[3:]]
     assert rates(fit(Net(), make_batches(3), [callback])) == [0.1 * multiple for multiple in multiples(schedule, 3)]
+    trainer = fit(TwoRates(every=3), make_batches(3), [callback])
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(TwoRates(every=3), DataLoader(make_batches(3), batch_size=None))
+    assert callback.state_dict() == {"attempted_steps": [6, 2]}
 
 
 # ---- wrong use
