@@ -130,6 +130,10 @@ class StepLifecycle:
         if self.buffers is None:
             self.buffers = BufferBackup(self._module)
 
+    def buffers_restorable_on_device(self) -> bool:
+        """Whether a skip that only the device knows of could be undone in the buffers too."""
+        return self.buffers is None or self.buffers.restorable_where()
+
     # ---- the hooks, in the order in which they fire
 
     def start(self, module: pl.LightningModule) -> None:

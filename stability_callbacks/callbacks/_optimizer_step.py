@@ -177,7 +177,7 @@ class OptimizerStep:
             flags = reduced.bool()
             self._votes = [(kind, flag) for (kind, _), flag in zip(self._votes, flags, strict=True)]
         self.skip = flags.any()
-        if not _obeys_found_inf(self.optimizer):
+        if not _obeys_found_inf(self.optimizer) or not self.lifecycle.buffers_restorable_on_device():
             self.skipped = bool(self.skip)  # the one agreed read
             self.lifecycle.note_wait(self.skip.device)
             if self.skipped:

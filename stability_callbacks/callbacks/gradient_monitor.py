@@ -121,7 +121,13 @@ class GradientMonitor(StabilityCallback):
         )
         self.max_histogram_elements = check_integer("max_histogram_elements", max_histogram_elements, at_least=1)
         self.progress_bar = check_bool("progress_bar", progress_bar)
+        # Two monitors may log the same metric from different norms: which one wins must not depend on the list.
+        self._state_key = self._generate_state_key(**{key: value for key, value in vars(self).items() if key[0] != "_"})
         self._forget()
+
+    @property
+    def state_key(self) -> str:
+        return self._state_key
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

@@ -35,6 +35,10 @@ class LRSchedule(StabilityCallback):
     and ``lr/<optimizer>`` the effective rate. Checkpoints always hold the base rate, and it is put back at the end of
     training or after an exception: remove the callback, and no trace is left.
 
+    Where no scheduler is there, ``group["lr"]`` shows the effective rate. To change the rate by hand, set it to the new
+    base rate; do not multiply what stands there. A scheduler that you step yourself without telling Lightning, such as
+    a ``ReduceLROnPlateau`` in manual optimization, multiplies: return it from ``configure_optimizers``.
+
     Args:
         schedule: The schedule. Where it needs to know the total number of steps and was not given one, it is the
             trainer's ``estimated_stepping_batches``.

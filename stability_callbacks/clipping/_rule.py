@@ -43,6 +43,11 @@ class ClipRule(ABC):
     norm_type: float = 2.0
     linear: ClassVar[bool] = False
 
+    def __repr__(self) -> str:
+        # Checkpoints find a callback's state by its policies' representation, so it must not hold an address.
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name[0] != "_")
+        return f"{type(self).__name__}({settings})"
+
     @abstractmethod
     def clip_(self, parameters: Parameters, norms: GradientNorms | None = None) -> ClipResult:
         """Clip the gradients in place, without waiting for the device.

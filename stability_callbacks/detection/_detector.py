@@ -36,6 +36,11 @@ class Detector(ABC):
 
     kind: ClassVar[str]
 
+    def __repr__(self) -> str:
+        # Checkpoints find a callback's state by its policies' representation, so it must not hold an address.
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name[0] != "_")
+        return f"{type(self).__name__}({settings})"
+
     @abstractmethod
     def __call__(self, evidence: StepEvidence) -> Tensor:
         """Vote on a step.

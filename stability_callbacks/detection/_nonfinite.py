@@ -31,9 +31,6 @@ class NonFinite(Detector):
 
     kind: ClassVar[str] = "nonfinite"
 
-    def __repr__(self) -> str:
-        return "NonFinite()"
-
     def __call__(self, evidence: StepEvidence) -> Tensor:
         bad = ~evidence.gradients.finite
         if evidence.loss is not None:

@@ -148,6 +148,13 @@ class BufferBackup:
             torch._foreach_add_(result, torch._foreach_mul([sources[index] for index in members], chosen))
             torch._foreach_copy_(group, result)
 
+    def restorable_where(self) -> bool:
+        """Whether :meth:`restore_where` can put back what was written since the backup; a look at the host only."""
+        return all(
+            memory is not None and copy is not None and memory.layout == torch.strided and copy.fits(memory)
+            for _, memory, copy in self._changes()
+        )
+
     def _backup(self) -> list[tuple[_Slot, Tensor | None]]:
         if self._taken is None:
             raise RuntimeError("there is no backup of the buffers: call `take()` first")

@@ -20,6 +20,8 @@ from stability_callbacks.clipping import NormClip, ValueClip
 from stability_callbacks.schedules import WarmupCosine
 from tests.models import MODELS, NormNet, SparseNet, TiedNet, TwoOptimizers, fit, make_batches, poison
 
+Rows = dict[int, dict[str, float]]
+
 
 class MemoryLogger(Logger):
     """Keeps what it is given, by step."""
@@ -305,6 +307,14 @@ def test_two_monitors_get_along() -> None:
     rows = run([*monitors, LRSchedule(WarmupCosine())])
     assert [step for step, row in rows.items() if "grad_norm/net.0" in row] == [2, 5]
     assert all("grad_norm/total" in row for row in rows.values())
+
+
+def test_two_norms_of_one_name_do_not_depend_on_the_order() -> None:
+    def rows(flip: bool) -> Rows:
+        monitors = [GradientMonitor(norm_type, per="total", histograms=False) for norm_type in (1.0, 2.0)]
+        return run(monitors[::-1] if flip else monitors)
+
+    assert rows(False) == rows(True)
 
 
 def test_copies_before_and_after_a_fit() -> None:

@@ -348,3 +348,25 @@ def test_state_survives_a_round_trip_and_can_be_saved_as_plain_data(tmp_path: An
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         StepGuard(**arguments)
+
+
+class GrowingCache(NormNet):
+    """A cache that is replaced by a larger one as training goes on, as rotary embeddings do."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def loss(self, batch: Any) -> Any:
+        self.cache = torch.zeros(len(self.cache) + 1)
+        return super().loss(batch)
+
+
+def test_a_buffer_that_grows_does_not_end_training_with_a_fused_optimizer() -> None:
+    batches = make_batches(5)
+    batches[2] = poison(batches[2])
+    guard = StepGuard()
+    model = GrowingCache(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True))
+    fit(model, batches, [guard])
+    assert guard.skipped_steps == 1
+    assert len(model.cache) == 5  # the skipped step's growth was undone
