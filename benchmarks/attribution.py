@@ -30,6 +30,8 @@ from stability_callbacks import stability_suite
 from stability_callbacks.callbacks._lifecycle import StepLifecycle
 from stability_callbacks.callbacks._optimizer_step import OptimizerStep
 
+_LOG_EVERY = 50  # the Trainer's default
+
 _OURS = [
     (StepLifecycle, ("begin_batch", "note_loss", "measure", "end_batch")),
     (OptimizerStep, ("act", "_after_step")),
@@ -88,7 +90,6 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -100,7 +101,9 @@ def main() -> None:
     for owner, names in (*_OURS, *_THEIRS):
         for name in names:
             stopwatch.watch(owner, name)
-    print(f"added to the rest of a step: mean over {arguments.steps} steps, and median (quartiles)")
+    print(
+        print("added to the rest of a step: ordinary ones (quartiles), log step, with histograms; at default cadence")
+    )
     folder = tempfile.mkdtemp()
     for model in arguments.models:
         make_net, make_batch, kind = MODELS[model]
@@ -111,7 +114,7 @@ def main() -> None:
             ("suite + schedule", Classifier, stability_suite(kind, schedule=True), None),
         ):
             torch.manual_seed(0)
-            batches = Batches(make_batch(arguments.batch_size), arguments.steps + 5, stopwatch)
+            batches = Batches(make_batch(arguments.batch_size), 2 * _LOG_EVERY + 1, stopwatch)
             trainer = pl.Trainer(
                 max_epochs=1,
                 accelerator="cpu",
@@ -123,10 +126,17 @@ def main() -> None:
                 enable_model_summary=False,
             )
             trainer.fit(module_class(make_net(), fused=False), batches)
-            shares = batches.shares[5:]
-            low, median, high = statistics.quantiles(shares, n=4)
-            mean = statistics.mean(shares)
-            print(f"{model:16} {label:22} {mean:7.2%}   {median:7.2%} ({low:.2%} - {high:.2%})")
+            print(f"{model:16} {label:22} {_summary(batches.shares)}")
+
+
+def _summary(shares: list[float]) -> str:
+    """Ordinary steps, log steps (the first of them has histograms), and all at Lightning's default cadence."""
+    histogram, log = shares[_LOG_EVERY - 1], shares[2 * _LOG_EVERY - 1]
+    ordinary = [share for step, share in enumerate(shares) if step >= 5 and (step + 1) % _LOG_EVERY]
+    low, median, high = statistics.quantiles(ordinary, n=4)
+    # GradientMonitor counts histograms at one log step in ten.
+    mean = median + (log - median) / _LOG_EVERY + (histogram - log) / (10 * _LOG_EVERY)
+    return f"{median:7.1%} ({low:.1%} - {high:.1%})   {log:7.1%} {histogram:7.1%}   {mean:7.1%}"
 
 
 if __name__ == "__main__":
