@@ -101,9 +101,7 @@ def main() -> None:
     for owner, names in (*_OURS, *_THEIRS):
         for name in names:
             stopwatch.watch(owner, name)
-    print(
-        print("added to the rest of a step: ordinary ones (quartiles), log step, with histograms; at default cadence")
-    )
+    print("added to the rest of a step: ordinary ones (quartiles), log step, with histograms; at default cadence")
     folder = tempfile.mkdtemp()
     for model in arguments.models:
         make_net, make_batch, kind = MODELS[model]
