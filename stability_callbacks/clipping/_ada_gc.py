@@ -108,9 +108,7 @@ class AdaGC(ClipRule):
         count.index_copy_(0, rows, known + valid)
 
         scale_each_gradient_(pairs, factor.to(norms.per_tensor.dtype))
-        total = combine_norms(clipped).to(norms.total.dtype)
-        coefficient = torch.where(torch.isfinite(norms.total) & (norms.total > 0), total / norms.total, 1.0)
-        return ClipResult(norms.total, total, coefficient)
+        return ClipResult.between(norms.total, combine_norms(clipped).to(norms.total.dtype))
 
     def _rows(self, norms: GradientNorms) -> Tensor:
         """Where the statistics of the given tensors stand; new names get rows at the end."""

@@ -124,9 +124,7 @@ class AGC(ClipRule):
             total = measure_gradients(pairs).total  # other ranks have clipped units of the same tensors
         else:
             total = combine_norms(torch.stack(clipped)) if clipped else norms.total
-        total = torch.where(finite, total, norms.total)
-        coefficient = torch.where(finite & (norms.total > 0), total / norms.total, 1.0)
-        return ClipResult(norms.total, total, coefficient)
+        return ClipResult.between(norms.total, total)
 
     def _factor(self, gradient: Tensor, weight: Tensor, finite: Tensor) -> Tensor:
         factor = (self.clip * weight.clamp(min=self.eps) / gradient.clamp(min=_LEAST_GRADIENT)).clamp(max=1.0)

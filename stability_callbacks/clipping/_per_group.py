@@ -124,10 +124,7 @@ class PerGroup(ClipRule):
                 total = total * result.coefficient
             totals.append(total)
         clipped = combine_norms(torch.stack(totals), norms.norm_type) if totals else norms.total
-        finite = torch.isfinite(norms.total)
-        total = torch.where(finite, clipped, norms.total)
-        coefficient = torch.where(finite & (norms.total > 0), total / norms.total, 1.0)
-        return ClipResult(norms.total, total, coefficient)
+        return ClipResult.between(norms.total, clipped)
 
 
 def _few(names: list[str], most: int = 10) -> str:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from stability_callbacks.gradient_pass import GradientNorms, Parameters, measure_gradients
@@ -25,6 +26,14 @@ class ClipResult(NamedTuple):
     norm: Tensor
     clipped_norm: Tensor
     coefficient: Tensor
+
+    @classmethod
+    def between(cls, norm: Tensor, clipped_norm: Tensor) -> ClipResult:
+        """The result of a rule that knows the norms but has no one factor; a non-finite norm was not clipped."""
+        clipped_norm = torch.where(torch.isfinite(norm), clipped_norm, norm)
+        ratio = clipped_norm / norm
+        # 0 / 0 and inf / inf are steps in which nothing was clipped; the quotient of equal norms is exactly 1.
+        return cls(norm, clipped_norm, torch.where(torch.isfinite(ratio), ratio, torch.ones_like(ratio)))
 
 
 class ClipRule(ABC):

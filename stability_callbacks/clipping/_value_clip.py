@@ -71,10 +71,7 @@ class ValueClip(ClipRule):
             bound = torch.where(finite.to(device), bound, math.inf)
             torch._foreach_minimum_(group, [bound] * len(group))
             torch._foreach_maximum_(group, [-bound] * len(group))
-        clipped = torch.where(finite, measure_gradients(pairs, self.norm_type).total, norms.total)
-        ratio = clipped / norms.total
-        # 0 / 0 and inf / inf are steps in which nothing was clipped; the quotient of equal norms is exactly 1.
-        return ClipResult(norms.total, clipped, torch.where(torch.isfinite(ratio), ratio, torch.ones_like(ratio)))
+        return ClipResult.between(norms.total, measure_gradients(pairs, self.norm_type).total)
 
 
 def _summed_gradient(parameter: Tensor) -> Tensor:
