@@ -131,6 +131,22 @@ class LossNet(BufferNet):
         return super().loss((x.nan_to_num(0.0, 0.0, 0.0), y)) + (0 * x).sum().detach()
 
 
+class Silent(pl.LightningModule):
+    """Reads no tensor itself, so that whatever is read is read by others."""
+
+    def __init__(self, optimizer: OptimizerFactory) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        self.make_optimizer = optimizer
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.make_optimizer(self.parameters())
+
+
 class TwoOptimizers(pl.LightningModule):
     """Manual optimization: two networks, each with its optimizer, stepped in every batch."""
 

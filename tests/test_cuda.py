@@ -10,12 +10,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
 
 from stability_callbacks import GradientClipping, GradientMonitor, LRSchedule, StepGuard, TrainingDivergedError
 from stability_callbacks.clipping import NormClip, ValueClip
 from stability_callbacks.schedules import WarmupCosine
-from tests.models import NormNet, ResumableLoader, assert_same_bits, fit, make_batches, poison, training_state
+from tests.models import NormNet, ResumableLoader, Silent, assert_same_bits, fit, make_batches, poison, training_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -93,19 +92,8 @@ class Waits(pl.Callback):
         self.counts.append(total - sum(self.counts))
 
 
-class Plain(pl.LightningModule):
-    """A module that never reads from the device itself."""
-
-    def __init__(self, fused: bool) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-        self.fused = fused
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), fused=self.fused)
+def plain(fused: bool) -> Silent:
+    return Silent(lambda p: torch.optim.AdamW(p, fused=fused))
 
 
 def waits_per_step(fused: bool, callbacks: list[Any], tmp_path: Any) -> list[int]:
@@ -116,7 +104,7 @@ def waits_per_step(fused: bool, callbacks: list[Any], tmp_path: Any) -> list[int
         torch.cuda.set_sync_debug_mode("warn")
         try:
             fit(
-                Plain(fused),
+                plain(fused),
                 ResumableLoader([(x.cuda(), y.cuda()) for x, y in make_batches(41)]),
                 [*callbacks, counter],
                 accelerator="gpu",
@@ -151,7 +139,7 @@ def test_other_optimizers_wait_at_most_once_a_step(tmp_path: Any) -> None:
 def test_deferred_metrics_all_arrive(tmp_path: Any) -> None:
     logger = CSVLogger(tmp_path)
     pl.seed_everything(0, verbose=False)
-    fit(Plain(False), make_batches(25), suite(), accelerator="gpu", logger=logger, log_every_n_steps=5)
+    fit(plain(False), make_batches(25), suite(), accelerator="gpu", logger=logger, log_every_n_steps=5)
     rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
     position = rows[0].split(",").index("step")
     assert [row.split(",")[position] for row in rows[1:]] == ["4", "9", "14", "19", "24"]

@@ -10,29 +10,18 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
+from torch import Tensor
 
 from stability_callbacks import GradientClipping, GradientMonitor, LRSchedule, StepGuard
 from stability_callbacks.clipping import AutoClip, ClipRule, NormClip, ValueClip, ZClip
 from stability_callbacks.schedules import WarmupCosine
-from tests.models import fit, make_batches
+from tests.models import Silent, fit, make_batches
 
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 
 
-class Plain(pl.LightningModule):
-    """A module that reads no tensor itself."""
-
-    def __init__(self, fused: bool) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-        self.fused = fused
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, fused=self.fused)
+def plain(fused: bool) -> Silent:
+    return Silent(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=fused))
 
 
 class Counter(pl.Callback):
@@ -67,7 +56,7 @@ def reads_per_batch(fused: bool, callbacks: list[Any], tmp_path: Any, monkeypatc
     counter = Counter()
     with counting(counter, monkeypatch):
         # The counter stands last, so that what our callbacks do at the end of a batch is counted.
-        fit(Plain(fused), make_batches(31), [*callbacks, counter], logger=CSVLogger(tmp_path), log_every_n_steps=10)
+        fit(plain(fused), make_batches(31), [*callbacks, counter], logger=CSVLogger(tmp_path), log_every_n_steps=10)
     return counter.per_batch
 
 
