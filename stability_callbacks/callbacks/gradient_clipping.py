@@ -17,7 +17,9 @@ from torch import Tensor
 from stability_callbacks._validation import check_instance
 from stability_callbacks.callbacks._base import StabilityCallback
 from stability_callbacks.callbacks._lifecycle import StepLifecycle
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep, StepRecord
+from stability_callbacks.callbacks._optimizer_step import OptimizerStep
+from stability_callbacks.callbacks._step_clock import StepClock
+from stability_callbacks.callbacks._step_record import StepRecord
 from stability_callbacks.clipping import ClipResult, ClipRule
 
 __all__ = ["GradientClipping"]
@@ -29,7 +31,8 @@ class GradientClipping(StabilityCallback):
     Works in automatic and manual optimization, in every precision (fp16 with a fused optimizer too, which
     ``Trainer(gradient_clip_val=...)`` refuses), and on sharded gradients. The norm comes from the measurement that all
     callbacks share. A non-finite norm leaves the gradients untouched, for a :class:`StepGuard` to act on, and is
-    counted. Every optimizer gets its own copy of the rule.
+    counted. Every optimizer gets its own copy of the rule. A threshold that follows a schedule goes by the number of
+    steps that the optimizer attempted, skipped ones included, and by the trainer's ``estimated_stepping_batches``.
 
     Args:
         rule: A clip rule, or a non-empty list of rules applied in order.
@@ -37,7 +40,8 @@ class GradientClipping(StabilityCallback):
     Raises:
         TypeError: If ``rule`` is neither a rule nor a list of rules.
         ValueError: If the list is empty.
-        MisconfigurationException: At train start, if a rule that goes by name does not fit the model's parameters.
+        MisconfigurationException: At train start, if a rule that goes by name does not fit the model's parameters, or
+            a schedule falls to 0 or needs a total that can't be known.
 
     Example:
         >>> from stability_callbacks import GradientClipping
@@ -53,6 +57,7 @@ class GradientClipping(StabilityCallback):
         end in the optimizer's name.
     """
 
+    _clock: StepClock
     _nonfinite_norms: int
     _rules_of_optimizer: list[list[ClipRule]]
     _clipped_steps: dict[str, tuple[int, int]]
@@ -68,7 +73,7 @@ class GradientClipping(StabilityCallback):
     @property
     def nonfinite_norms(self) -> int:
         """Number of steps so far whose gradient norm was not finite."""
-        self._catch_up()
+        self._catch_up(everywhere=False)
         return self._nonfinite_norms
 
     @property
@@ -78,12 +83,14 @@ class GradientClipping(StabilityCallback):
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()
         return {
+            "attempted_steps": list(self._clock.attempted),
             "nonfinite_norms": self._nonfinite_norms,
             "clipped_steps": dict(self._clipped_steps),
             "rules": [[rule.state_dict() for rule in rules] for rules in self._rules_of_optimizer],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._clock.attempted = list(state_dict["attempted_steps"])
         self._nonfinite_norms = state_dict["nonfinite_norms"]
         self._clipped_steps = dict(state_dict["clipped_steps"])
         self._rules_of_optimizer = [deepcopy(self.rules) for _ in state_dict["rules"]]
@@ -106,12 +113,19 @@ class GradientClipping(StabilityCallback):
             )
         missing = len(lifecycle.steps) - len(self._rules_of_optimizer)
         self._rules_of_optimizer += [deepcopy(self.rules) for _ in range(missing)]
-        names = [name for step in lifecycle.steps.values() for name, _ in step.parameters]
+        self._clock.prepare(lifecycle, [schedule for rule in self.rules for schedule in rule.schedules])
+        parameters = _in_order_of_definition(lifecycle)
         try:
             for rule in itertools.chain.from_iterable(self._rules_of_optimizer):
-                rule.assign(names)
+                rule.assign(parameters)
+                rule.set_step(0, self._clock.total_steps)
         except ValueError as error:
-            raise MisconfigurationException(f"GradientClipping's rule does not fit the model: {error}") from error
+            raise MisconfigurationException(
+                f"GradientClipping's rule does not fit the model or its training: {error}"
+            ) from error
+
+    def statistics(self) -> list[ClipRule]:
+        return list(itertools.chain.from_iterable(self._rules_of_optimizer))
 
     def norm_types(self) -> list[float]:
         return [self.rules[0].norm_type]
@@ -120,6 +134,7 @@ class GradientClipping(StabilityCallback):
         assert step.gradients is not None
         rules = self._rules_of_optimizer[step.index]
         for rule in rules:
+            rule.set_step(self._clock.attempted[step.index], self._clock.total_steps)
             if not rule.linear:
                 step.drop_loss_scale()
             norms = step.mask_if_skipped(step.current_norms(rule.norm_type))
@@ -132,6 +147,9 @@ class GradientClipping(StabilityCallback):
             )
         if self.logs_now(step.lifecycle) and step.clip_result is not None:
             self._keep_scalars(step, rules, step.clip_result.coefficient)
+
+    def on_step_attempted(self, step: OptimizerStep) -> None:
+        self._clock.attempted[step.index] += 1
 
     def account(self, record: StepRecord) -> None:
         if not math.isfinite(record.norm):
@@ -161,10 +179,18 @@ class GradientClipping(StabilityCallback):
         self._scalars.append((names, torch.stack(values)))
 
     def _reset(self) -> None:
+        self._clock = StepClock()
         self._nonfinite_norms = 0
         self._rules_of_optimizer = []
         self._clipped_steps = {}
         self._scalars = []
+
+
+def _in_order_of_definition(lifecycle: StepLifecycle) -> list[tuple[str, Tensor]]:
+    """The parameters of all optimizers; those that the model does not know come last."""
+    place = {id(parameter): index for index, (_, parameter) in enumerate(lifecycle.named_parameters)}
+    pairs = itertools.chain.from_iterable(step.parameters for step in lifecycle.steps.values())
+    return sorted(pairs, key=lambda pair: place.get(id(pair[1]), len(place)))
 
 
 def _check_rules(rule: ClipRule | list[ClipRule]) -> list[ClipRule]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from stability_callbacks._validation import check_instance
+from stability_callbacks._patterns import check_patterns, first_matches
 from stability_callbacks.callbacks._base import StabilityCallback
 from stability_callbacks.callbacks._lifecycle import StepLifecycle
 from stability_callbacks.callbacks._optimizer_step import OptimizerStep
+from stability_callbacks.callbacks._step_clock import StepClock
 from stability_callbacks.schedules import Schedule
 
 __all__ = ["LRSchedule"]
@@ -31,6 +30,13 @@ class LRSchedule(StabilityCallback):
     first step is scaled already. ``t`` counts the steps that this optimizer attempted, skipped ones included, so that
     the schedule ends where it should. Works in manual optimization and with several parameter groups.
 
+    Optimizers and parameter groups may have schedules of their own, by a mapping from name patterns to schedules. A
+    group's full name is that of ``LearningRateMonitor``: the optimizer's class (``Adam-1`` for the second Adam), then
+    ``/`` and the group's ``"name"``, or ``/pg1``, ``/pg2``, ... where several have none::
+
+        torch.optim.AdamW([{"name": "backbone", "params": ...}, {"name": "head", "params": ...}])
+        LRSchedule({"backbone": WarmupCosine(warmup=0.2), "head": WarmupCosine(warmup=0.05)})
+
     Without a scheduler of your own, ``LearningRateMonitor`` shows the effective rate; with one it shows the base rate,
     and ``lr/<optimizer>`` the effective rate. Checkpoints always hold the base rate, and it is put back at the end of
     training or after an exception: remove the callback, and no trace is left.
@@ -40,12 +46,15 @@ class LRSchedule(StabilityCallback):
     a ``ReduceLROnPlateau`` in manual optimization, multiplies: return it from ``configure_optimizers``.
 
     Args:
-        schedule: The schedule. Where it needs to know the total number of steps and was not given one, it is the
-            trainer's ``estimated_stepping_batches``.
+        schedule: The schedule; or a mapping from regular expressions, searched in the parameter groups' full names, to
+            schedules: the first match wins, None leaves the groups alone. Where a schedule needs to know the total
+            number of steps and was not given one, it is the trainer's ``estimated_stepping_batches``.
 
     Raises:
-        TypeError: If ``schedule`` is not a schedule.
-        MisconfigurationException: At train start, if the schedule needs a total that can't be known.
+        TypeError: If ``schedule`` is neither a schedule nor a mapping to schedules.
+        ValueError: If the mapping is empty, or a pattern is not a regular expression.
+        MisconfigurationException: At train start, if a schedule needs a total that can't be known, if a pattern matches
+            no parameter group or a group no pattern; for groups that are added later, in their first step.
 
     Example:
         >>> from stability_callbacks import LRSchedule
@@ -57,13 +66,20 @@ class LRSchedule(StabilityCallback):
         ``lr/<optimizer>``: the effective rate of the step, with ``/pg<n>`` for each of several parameter groups.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule | Mapping[str, Schedule | None]) -> None:
         super().__init__()
-        self.schedule = check_instance("schedule", schedule, Schedule, "a schedule, such as WarmupCosine()")  # type: ignore[type-abstract]
+        allowed = (
+            'a schedule, such as WarmupCosine(), or a mapping of name patterns to schedules, such as {"head": ...}'
+        )
+        self.schedule: Schedule | dict[str, Schedule | None] = (
+            schedule
+            if isinstance(schedule, Schedule)
+            else check_patterns("schedule", schedule, Schedule, "a schedule", allowed)  # type: ignore[type-abstract]
+        )
         # Lightning asks for the key at every call of every hook.
         self._state_key = self._generate_state_key(schedule=self.schedule)
-        self._attempted: list[int] = []
-        self._total_steps: int | None = None
+        self._clock = StepClock()
+        self._pattern_of: dict[str, str] = {}
         self._rates: dict[str, float | Tensor] = {}
 
     @property
@@ -72,33 +88,35 @@ class LRSchedule(StabilityCallback):
 
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()
-        return {"attempted_steps": list(self._attempted)}
+        return {"attempted_steps": list(self._clock.attempted)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._attempted = list(state_dict["attempted_steps"])
+        self._clock.attempted = list(state_dict["attempted_steps"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._rates = {}
         if stage == "fit" and trainer.global_step == 0:
-            self._attempted = []
+            self._clock = StepClock()
 
     def prepare(self, lifecycle: StepLifecycle) -> None:
-        optimizers = len(lifecycle.steps)
-        if len(self._attempted) != optimizers:
-            # A checkpoint without this callback: Lightning's count of steps is that of all optimizers together.
-            self._attempted = [lifecycle.trainer.global_step // max(optimizers, 1)] * optimizers
-        self._total_steps = _total_steps(lifecycle.trainer, self.schedule, optimizers)
-        warmup = getattr(self.schedule, "warmup", None)
-        if isinstance(warmup, int) and self._total_steps is not None and warmup > self._total_steps:
-            rank_zero_warn(
-                f"The warm-up of {warmup} steps is longer than training, which has {self._total_steps}; it is "
-                f"shortened to {self.schedule.warmup_steps(self._total_steps)}."
-            )
+        self._clock.prepare(lifecycle, list(self._schedules()))
+        if isinstance(self.schedule, dict):
+            self._match([name for step in lifecycle.steps.values() for name in _group_names(step)])
+        for schedule in self._schedules():
+            warmup, total = getattr(schedule, "warmup", None), self._clock.total_for(schedule)
+            if isinstance(warmup, int) and total is not None and warmup > total:
+                rank_zero_warn(
+                    f"The warm-up of {warmup} steps is longer than training, which has {total}; it is shortened to "
+                    f"{schedule.warmup_steps(total)}."
+                )
 
     def rate_multipliers(self, step: OptimizerStep) -> Sequence[float]:
-        multiplier = self.schedule(self._attempted[step.index], self._total_steps)
-        return [multiplier] * len(step.optimizer.param_groups)
+        attempted = self._clock.attempted[step.index]
+        return [
+            1.0 if schedule is None else schedule(attempted, self._clock.total_for(schedule))
+            for schedule in self._schedules_of_groups(step)
+        ]
 
     def before_update(self, step: OptimizerStep) -> None:
         if self.logs_now(step.lifecycle):
@@ -108,7 +126,7 @@ class LRSchedule(StabilityCallback):
                 self._rates[f"lr/{step.label}{group}"] = rate
 
     def on_step_attempted(self, step: OptimizerStep) -> None:
-        self._attempted[step.index] += 1
+        self._clock.attempted[step.index] += 1
 
     def device_scalars(self) -> list[tuple[Sequence[str], Tensor]]:
         rates = {name: rate for name, rate in self._rates.items() if isinstance(rate, Tensor)}
@@ -118,30 +136,28 @@ class LRSchedule(StabilityCallback):
         rates, self._rates = self._rates, {}
         return {name: rate for name, rate in rates.items() if not isinstance(rate, Tensor)}
 
+    def _schedules(self) -> Iterator[Schedule]:
+        several = self.schedule.values() if isinstance(self.schedule, dict) else [self.schedule]
+        return (schedule for schedule in several if schedule is not None)
 
-def _total_steps(trainer: pl.Trainer, schedule: Schedule, optimizers: int) -> int | None:
-    """Number of steps that each optimizer will make; None where the schedule can do without it."""
-    if schedule.total_steps is not None or not schedule.needs_total:
-        return schedule.total_steps
-    total = _estimated_steps(trainer)
-    if total < 0 or math.isinf(total):
-        raise MisconfigurationException(
-            f"{schedule!r} needs to know how many steps training has, and the Trainer can't tell (it has no limit, or "
-            f"the data set has no length). Say it: {type(schedule).__name__}(total_steps=...) or "
-            "Trainer(max_steps=...)."
-        )
-    if optimizers > 1 and trainer.max_steps > 0:
-        # `max_steps` counts the steps of all optimizers.
-        total = min(total, math.ceil(trainer.max_steps / optimizers))
-    return max(int(total), 1)
+    def _schedules_of_groups(self, step: OptimizerStep) -> list[Schedule | None]:
+        if not isinstance(self.schedule, dict):
+            return [self.schedule] * len(step.optimizer.param_groups)
+        names = _group_names(step)
+        if not self._pattern_of.keys() >= set(names):  # a group was added
+            self._match([*self._pattern_of, *names])
+        return [self.schedule[self._pattern_of[name]] for name in names]
+
+    def _match(self, names: Sequence[str]) -> None:
+        assert isinstance(self.schedule, dict)
+        try:
+            self._pattern_of = first_matches(self.schedule, names, "LRSchedule", "parameter group")
+        except ValueError as error:
+            raise MisconfigurationException(f"LRSchedule does not fit the optimizers: {error}") from error
 
 
-def _estimated_steps(trainer: pl.Trainer) -> int | float:
-    """The trainer's estimate of its steps, mended where accumulation changes between epochs; < 0 or inf if unknown."""
-    total, epochs = trainer.estimated_stepping_batches, trainer.max_epochs or 0
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler) and epochs > 0 and 0 <= total < math.inf:
-            windows = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
-            total = sum(math.ceil(trainer.num_training_batches / window) for window in windows)
-            total = total if trainer.max_steps < 0 else min(total, trainer.max_steps)
-    return total
+def _group_names(step: OptimizerStep) -> list[str]:
+    """The full names of an optimizer's parameter groups, as ``LearningRateMonitor`` forms them."""
+    groups = step.optimizer.param_groups
+    names = [group.get("name", f"pg{index}" if len(groups) > 1 else None) for index, group in enumerate(groups, 1)]
+    return [step.label if name is None else f"{step.label}/{name}" for name in names]

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from stability_callbacks._device_state import DeviceState
 from stability_callbacks._validation import check_integer, check_number
-from stability_callbacks.clipping._adaptive import DeviceState
 from stability_callbacks.clipping._norm_clip import norm_clip_coefficient
 from stability_callbacks.clipping._rule import ClipResult, ClipRule
 from stability_callbacks.gradient_pass import (

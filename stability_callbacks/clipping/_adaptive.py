@@ -1,4 +1,4 @@
-"""What rules with statistics share: state that lies on the gradients' device, and goes into checkpoints."""
+"""What rules share that learn their threshold from the total norms seen so far."""
 
 from __future__ import annotations
 
@@ -8,49 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from stability_callbacks._device_state import DeviceState
 from stability_callbacks.clipping._norm_clip import norm_clip_coefficient
 from stability_callbacks.clipping._rule import ClipResult, ClipRule
 from stability_callbacks.gradient_pass import GradientNorms, Parameters, named_gradients, scale_gradients_
 
-__all__ = ["AdaptiveNormClip", "DeviceState"]
-
-
-class DeviceState:
-    """Named tensors that live where the gradients do, from the first time they are asked for.
-
-    They are float64 (float32 on ``mps``, which has none), so that statistics over many steps do not drift.
-    """
-
-    def __init__(self) -> None:
-        self._tensors: dict[str, Tensor] = {}
-
-    def on(self, device: torch.device, **initial: float) -> list[Tensor]:
-        """The tensors of the given names, in order, made as 0-dim tensors of the given values at first."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        for name, value in initial.items():
-            tensor = self._tensors.get(name)
-            if tensor is None:
-                self._tensors[name] = torch.full((), value, dtype=dtype, device=device)
-            elif tensor.device != device:
-                self._tensors[name] = tensor.to(device)
-        return [self._tensors[name] for name in initial]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self._tensors[name] = tensor
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all tensors."""
-        return {name: tensor.clone() for name, tensor in self._tensors.items()}
-
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Take over copies of all tensors; they move to the gradients' device when they are used."""
-        self._tensors = {name: tensor.clone() for name, tensor in state_dict.items()}
+__all__ = ["AdaptiveNormClip"]
 
 
 class AdaptiveNormClip(ClipRule):

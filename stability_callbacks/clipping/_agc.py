@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from stability_callbacks._validation import check_number, check_pattern
+from stability_callbacks._validation import check_bool, check_number, check_pattern
 from stability_callbacks.clipping._rule import ClipResult, ClipRule
 from stability_callbacks.gradient_pass import (
     GradientNorms,
+    NamedParameters,
     Parameters,
     combine_norms,
     local_values,
     measure_gradients,
-    named_gradients,
-    scale_gradients_,
+    named_parameters,
+    scale_each_gradient_,
     tensor_norms,
     writable_values,
 )
@@ -58,7 +59,7 @@ class AGC(ClipRule):
     r"""Clip each unit's gradient where it is large compared with the unit's weight.
 
     The clipping that made networks without normalisation layers trainable at large batch sizes. Exclude the classifier,
-    as the paper does.
+    as the paper does: by name, or with ``exclude_last_layer``.
 
     .. math:: g_u \leftarrow g_u \cdot \min\Big(1,
               \frac{\text{clip} \cdot \max(\lVert w_u \rVert, \epsilon)}{\max(\lVert g_u \rVert, 10^{-6})}\Big)
@@ -71,10 +72,17 @@ class AGC(ClipRule):
         eps: Weight norms count for at least this, so that zero-initialised weights can train, > 0. Default 1e-3.
         exclude: Regular expressions, searched in the full parameter name: parameters to leave alone. They need named
             parameters. Default: none.
+        exclude_last_layer: Whether to leave the last layer alone too: the one that owns the last weight of two or more
+            dimensions, with its bias, in the order in which the model defines its parameters. That is the classifier
+            of the usual networks. Where something else is defined after it (a second head, a loss with weights of its
+            own), name it by ``exclude`` instead. Among the parameters of all optimizers inside ``GradientClipping``,
+            among those of the group inside :class:`PerGroup`, else among those given to :meth:`clip_`, which must have
+            names. Default False.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of its range, or a pattern is not a regular expression.
+        ValueError: If an argument is out of its range, or a pattern is not a regular expression; in :meth:`clip_`, if
+            the last layer is wanted and the parameters have no names.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -88,35 +96,50 @@ class AGC(ClipRule):
         arXiv 2102.06171.
     """
 
-    def __init__(self, clip: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = ()) -> None:
+    def __init__(
+        self, clip: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = (), exclude_last_layer: bool = False
+    ) -> None:
         self.clip = check_number("clip", clip, above=0)
         self.eps = check_number("eps", eps, above=0)
         if isinstance(exclude, str) or not isinstance(exclude, Sequence):
             raise TypeError(f"`exclude` must be a sequence of regular expressions, got {exclude!r}")
         self.exclude = tuple(exclude)
         self._patterns = [check_pattern(f"exclude[{index}]", item) for index, item in enumerate(self.exclude)]
+        self.exclude_last_layer = check_bool("exclude_last_layer", exclude_last_layer)
+        self._last_layer: str | None = None
 
     def __repr__(self) -> str:
-        return f"AGC(clip={self.clip:g}, eps={self.eps:g}, exclude={self.exclude!r})"
+        return (
+            f"AGC(clip={self.clip:g}, eps={self.eps:g}, exclude={self.exclude!r}, "
+            f"exclude_last_layer={self.exclude_last_layer})"
+        )
+
+    def assign(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        if self.exclude_last_layer:
+            weights = [name for name, parameter in parameters if parameter.dim() > 1]
+            if weights and all(name.isdigit() for name in weights):
+                raise ValueError("AGC(exclude_last_layer=True) needs named parameters: give it `named_parameters()`")
+            self._last_layer = _owner(weights[-1]) if weights else None
 
     @torch.no_grad()
     def clip_(self, parameters: Parameters, norms: GradientNorms | None = None) -> ClipResult:
-        pairs = named_gradients(parameters)
+        every = named_parameters(parameters)
+        if self._last_layer is None:
+            self.assign(every)
+        pairs = NamedParameters(pair for pair in every if pair[1].grad is not None)
         norms = self.measure(pairs, norms)
         finite = torch.isfinite(norms.total)
-        included = [
-            index
-            for index, (name, _) in enumerate(pairs)
-            if not any(pattern.search(name) for pattern in self._patterns)
-        ]
-        vectors = [index for index in included if pairs[index][1].dim() <= 1]
+        included = [index for index, (name, _) in enumerate(pairs) if not self._excludes(name)]
         clipped = list(norms.per_tensor.unbind())
         # A vector is one unit, so its gradient's norm is known and the weights' norms are measured together.
-        weights = tensor_norms([pairs[index][1].detach() for index in vectors])
-        for index, weight in zip(vectors, weights.unbind(), strict=True):
-            factor = self._factor(norms.per_tensor[index], weight.to(norms.per_tensor), finite)
-            scale_gradients_([pairs[index]], factor)
-            clipped[index] = clipped[index] * factor
+        vectors = [index for index in included if pairs[index][1].dim() <= 1]
+        if vectors:
+            known = torch.stack([clipped[index] for index in vectors])
+            weights = tensor_norms([pairs[index][1].detach() for index in vectors]).to(known)
+            factors = self._factor(known, weights, finite)
+            scale_each_gradient_([pairs[index] for index in vectors], factors)
+            for index, norm in zip(vectors, (known * factors).unbind(), strict=True):
+                clipped[index] = norm
         for index in included:
             if pairs[index][1].dim() > 1:
                 clipped[index] = self._clip_units(pairs[index][1], finite).to(norms.per_tensor)
@@ -125,6 +148,11 @@ class AGC(ClipRule):
         else:
             total = combine_norms(torch.stack(clipped)) if clipped else norms.total
         return ClipResult.between(norms.total, total)
+
+    def _excludes(self, name: str) -> bool:
+        return any(pattern.search(name) for pattern in self._patterns) or (
+            self._last_layer is not None and _owner(name) == self._last_layer
+        )
 
     def _factor(self, gradient: Tensor, weight: Tensor, finite: Tensor) -> Tensor:
         factor = (self.clip * weight.clamp(min=self.eps) / gradient.clamp(min=_LEAST_GRADIENT)).clamp(max=1.0)
@@ -147,3 +175,9 @@ class AGC(ClipRule):
         writable_values(gradient).mul_(factor.unsqueeze(-1) if gradient.is_complex() else factor)
         clipped: Tensor = torch.linalg.vector_norm(norms * factor)
         return clipped
+
+
+def _owner(name: str) -> str:
+    """The module that owns a parameter, also where it is parametrised: then its parts lie in modules below."""
+    module, parametrised, _ = name.partition(".parametrizations.")
+    return module if parametrised else name.rpartition(".")[0]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stability_callbacks._validation import check_instance, check_pattern
+from stability_callbacks._patterns import check_patterns, first_matches
 from stability_callbacks.clipping._rule import ClipResult, ClipRule
 from stability_callbacks.gradient_pass import (
     GradientNorms,
@@ -17,6 +17,7 @@ from stability_callbacks.gradient_pass import (
     measure_gradients,
     named_parameters,
 )
+from stability_callbacks.schedules import Schedule
 
 __all__ = ["PerGroup"]
 
@@ -49,14 +50,7 @@ class PerGroup(ClipRule):
 
     def __init__(self, rules: Mapping[str, ClipRule | None]) -> None:
         allowed = 'a mapping of name patterns to clip rules (or None), such as {".*": NormClip(1.0)}'
-        check_instance("rules", rules, Mapping, allowed)  # type: ignore[type-abstract]
-        if not rules:
-            raise ValueError(f"`rules` must be {allowed}, got {rules!r}")
-        for pattern, rule in rules.items():
-            check_pattern("rules", pattern)
-            if rule is not None:
-                check_instance(f"rules[{pattern!r}]", rule, ClipRule, "a clip rule or None")  # type: ignore[type-abstract]
-        self.rules = dict(rules)
+        self.rules = check_patterns("rules", rules, ClipRule, "a clip rule", allowed)  # type: ignore[type-abstract]
         self.linear = all(rule is None or rule.linear for rule in self.rules.values())  # type: ignore[misc]
         self._group_of: dict[str, str] = {}
 
@@ -72,35 +66,35 @@ class PerGroup(ClipRule):
             if rule is not None:
                 rule.load_state_dict(state)
 
-    def assign(self, names: Iterable[str]) -> None:
+    def assign(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Find each parameter's group, once for all parameters that there are.
 
         Args:
-            names: Full parameter names.
+            parameters: All parameters, with their full names.
 
         Raises:
-            ValueError: If a pattern matches no name, or a name no pattern; a rule of a group may object too.
+            ValueError: If a pattern matches none of them, or one of them no pattern; names are listed.
         """
-        names = list(names)
-        patterns = {pattern: check_pattern("rules", pattern) for pattern in self.rules}
-        unmatched = []
-        for name in names:
-            group = next((pattern for pattern, compiled in patterns.items() if compiled.search(name)), None)
-            if group is None:
-                unmatched.append(name)
-            else:
-                self._group_of[name] = group
-        idle = [pattern for pattern, compiled in patterns.items() if not any(compiled.search(name) for name in names)]
-        if unmatched:
-            raise ValueError(f"no pattern of PerGroup matches {_few(unmatched)}; patterns: {', '.join(self.rules)}")
-        if idle:
-            raise ValueError(f"PerGroup's patterns {_few(idle)} match no parameter; parameters: {_few(names)}")
+        parameters = list(parameters)
+        self._group_of.update(first_matches(self.rules, [name for name, _ in parameters], "PerGroup", "parameter"))
+        for pattern, rule in self.rules.items():
+            if rule is not None:
+                rule.assign(pair for pair in parameters if self._group_of[pair[0]] == pattern)
+
+    @property
+    def schedules(self) -> Sequence[Schedule]:
+        return [schedule for rule in self.rules.values() if rule is not None for schedule in rule.schedules]
+
+    def set_step(self, step: int, total_steps: int | None = None) -> None:
+        for rule in self.rules.values():
+            if rule is not None:
+                rule.set_step(step, total_steps)
 
     @torch.no_grad()
     def clip_(self, parameters: Parameters, norms: GradientNorms | None = None) -> ClipResult:
         every = named_parameters(parameters)
         if any(name not in self._group_of for name, _ in every):
-            self.assign(name for name, _ in every)
+            self.assign(every)
         pairs = [(name, parameter) for name, parameter in every if parameter.grad is not None]
         norms = self.measure(pairs, norms)
         # A group whose own norm is finite is left alone too where another's is not: the step is bad.
@@ -123,10 +117,8 @@ class PerGroup(ClipRule):
                 result = rule.clip_(group, known)
                 total = total * result.coefficient
             totals.append(total)
+        for pattern, rule in self.rules.items():
+            if rule is not None and rule.schedules and pattern not in members:
+                rule.clip_(())  # a step without gradients for it is a step of its schedule too
         clipped = combine_norms(torch.stack(totals), norms.norm_type) if totals else norms.total
         return ClipResult.between(norms.total, clipped)
-
-
-def _few(names: list[str], most: int = 10) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

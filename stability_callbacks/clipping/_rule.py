@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stability_callbacks.gradient_pass import GradientNorms, Parameters, measure_gradients
+from stability_callbacks.schedules import Schedule
 
 __all__ = ["ClipResult", "ClipRule"]
 
@@ -80,14 +81,31 @@ class ClipRule(ABC):
             raise ValueError(f"`norms` must be of norm_type {self.norm_type:g} for {self!r}, got {norms.norm_type:g}")
         return norms
 
-    def assign(self, names: Iterable[str]) -> None:
-        """Learn the names of all parameters there are, before training; most rules need not know.
+    def assign(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Learn which parameters there are, before training; most rules need not know.
 
         Args:
-            names: Full parameter names, those of other optimizers and without gradients too.
+            parameters: All that are trained, with their full names, in the order of the model's definition: those of
+                other optimizers and without gradients too.
 
         Raises:
             ValueError: If the rule does not fit them.
+        """
+
+    @property
+    def schedules(self) -> Sequence[Schedule]:
+        """The schedules that the rule follows."""
+        return ()
+
+    def set_step(self, step: int, total_steps: int | None = None) -> None:
+        """Say which step comes next, for rules that follow a schedule; without being told they count calls of `clip_`.
+
+        Args:
+            step: Number of steps attempted before it, skipped ones included.
+            total_steps: Number of steps of the whole training; None where it is not known.
+
+        Raises:
+            ValueError: If a schedule can't serve for that training.
         """
 
     @property

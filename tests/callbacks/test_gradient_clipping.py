@@ -7,11 +7,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from stability_callbacks import GradientClipping, GradientMonitor, StepGuard
-from stability_callbacks.clipping import ClipResult, NormClip, ValueClip
+from stability_callbacks.clipping import AGC, ClipResult, NormClip, PerGroup, ValueClip
 from stability_callbacks.detection import Detector, NonFinite, StepEvidence
+from stability_callbacks.schedules import Scaled, WarmupConstant, WarmupCosine, WarmupLinear
 from tests.models import (
     MODELS,
     AverageClip,
@@ -287,6 +290,142 @@ def test_state_survives_a_round_trip_as_plain_data(tmp_path: Any) -> None:
     assert other.state_key == clipping.state_key != GradientClipping(NormClip()).state_key
 
 
+# ---- thresholds that follow a schedule
+
+DECAY = Scaled(WarmupCosine(warmup=0, end=0.1), 0.01)  # below every norm
+
+
+def decay(steps: int, total: int) -> list[float]:
+    return [DECAY(step, total) for step in range(steps)]
+
+
+def logged(logger: MemoryLogger, name: str = "stability/clip_threshold") -> list[float]:
+    return list(logger.values(name).values())
+
+
+SCHEDULED = {
+    "alone": lambda: NormClip(DECAY),
+    "in a list": lambda: [ValueClip(10.0), NormClip(DECAY)],
+    "in a group": lambda: PerGroup({"net.0": NormClip(DECAY), ".*": None}),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_threshold_falls_over_the_whole_of_training(accumulate: int, name: str) -> None:
+    """The reference clips by hand, by torch's own function."""
+
+    class ClipsByHand(NormNet):
+        def configure_gradient_clipping(self, optimizer: Any, **arguments: Any) -> None:
+            nn.utils.clip_grad_value_(self.parameters(), 10.0)
+            clipped = self.net[0] if name == "in a group" else self
+            nn.utils.clip_grad_norm_(clipped.parameters(), DECAY(self.trainer.global_step, 6))
+
+    arguments = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
+    ours = run(NormNet, make_batches(3 * accumulate), [GradientClipping(SCHEDULED[name]())], **arguments)
+    assert_same_bits(ours, run(ClipsByHand, make_batches(3 * accumulate), **arguments))
+
+
+@pytest.mark.parametrize("optimizer", [sgd, lambda p: torch.optim.AdamW(p, fused=True)], ids=["host", "device"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["32", "fp16"])
+def test_skipped_steps_are_steps_of_the_schedule(scaled: bool, optimizer: Any) -> None:
+    """Whether the host knows of the skip, so that no rule is asked, or only the device does, or a loss scaler does."""
+    logger, guard, batches = MemoryLogger(), StepGuard([Third(), NonFinite()]), make_batches(8)
+    batches[5] = poison(batches[5])
+    arguments = {"plugins": [fp16()]} if scaled else {}
+    clipping = GradientClipping(NormClip(DECAY))
+    fit(NormNet(optimizer), batches, [clipping, guard], logger=logger, **arguments)
+    assert guard.skipped_steps == 2
+    thresholds = logger.values("stability/clip_threshold")
+    assert thresholds == {step: pytest.approx(decay(8, 8)[step], rel=1e-6) for step in thresholds}
+    assert {0, 1, 3, 4, 6, 7} <= set(thresholds)
+    assert clipping.state_dict()["attempted_steps"] == [8]
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_steps_without_gradients_are_steps_of_the_schedule() -> None:
+    class ReturnsNone(NormNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    logger = MemoryLogger()
+    fit(ReturnsNone(), make_batches(4), [GradientClipping(NormClip(DECAY))], logger=logger)
+    assert logged(logger) == pytest.approx([decay(4, 4)[step] for step in (0, 2, 3)], rel=1e-6)
+
+
+def test_every_optimizer_has_a_clock_of_its_own() -> None:
+    logger = MemoryLogger()
+    fit(TwoOptimizers(), make_batches(4), [GradientClipping(NormClip(DECAY))], logger=logger)
+    for label in ("SGD", "SGD-1"):
+        assert logged(logger, f"stability/clip_threshold/{label}") == pytest.approx(decay(4, 4), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("saved_with", [True, False], ids=["with it", "without it"])
+def test_the_schedule_goes_on_after_a_resume(saved_with: bool, tmp_path: Any) -> None:
+    """Also from a checkpoint that was written without the callback, and with another total."""
+    torch.manual_seed(0)
+    model, logger = NormNet(), MemoryLogger()
+    trainer = fit(model, make_batches(3), [GradientClipping(NormClip(DECAY))] if saved_with else [])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    clipping = GradientClipping(NormClip(DECAY))
+    fit(NormNet(), make_batches(3), [clipping], ckpt_path=tmp_path / "last.ckpt", logger=logger, max_epochs=2)
+    assert logged(logger) == pytest.approx(decay(6, 6)[3:], rel=1e-6)
+    assert clipping.state_dict()["attempted_steps"] == [6]
+
+
+@pytest.mark.parametrize(
+    ("rule", "arguments", "message"),
+    [
+        (
+            NormClip(WarmupCosine(warmup=1)),
+            {},
+            "does not fit the model or its training: `max_norm` must be .* which is 0 at step 0",
+        ),
+        (
+            NormClip(WarmupLinear(warmup=0)),
+            {},
+            "does not fit the model or its training: `max_norm` must be .* which is 0 at step 2",
+        ),
+        (PerGroup({".*": NormClip(DECAY)}), {"max_epochs": -1}, "needs to know how many steps training has"),
+    ],
+)
+def test_schedules_that_cannot_serve_stop_the_fit_at_its_start(rule: Any, arguments: Any, message: str) -> None:
+    model = NormNet()
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(model, make_batches(2), [GradientClipping(rule)], **arguments)
+    assert not model.losses
+
+
+def test_schedules_that_need_no_total_do_without() -> None:
+    logger, rule = MemoryLogger(), NormClip(WarmupConstant(warmup=2, start=0.5))
+    fit(NormNet(), make_batches(3), [GradientClipping(rule)], logger=logger, max_epochs=-1, max_steps=3)
+    assert logged(logger) == [0.5, 0.75, 1.0]
+
+
+# ---- rules that must know the model
+
+
+def test_the_last_layer_is_the_models_not_the_optimizers() -> None:
+    """The parameter groups name the head first, as recipes with a larger rate for the head do."""
+
+    class HeadFirst(Keeps):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+
+        def configure_optimizers(self) -> Any:
+            return KeepsGradients([{"params": layer.parameters()} for layer in (self.net[1], self.net[0])], lr=0.0)
+
+    kept = []
+    for callbacks in ([], [GradientClipping(AGC(clip=1e-4, exclude_last_layer=True))]):
+        torch.manual_seed(0)
+        kept.append(fit(HeadFirst(), make_batches(1), callbacks).optimizers[0].kept)  # type: ignore[attr-defined]
+    (head, body), (head_clipped, body_clipped) = kept
+    assert all(torch.equal(one, other) for one, other in zip(head, head_clipped, strict=True))
+    assert all(other.norm() < 0.1 * one.norm() for one, other in zip(body, body_clipped, strict=True))
+
+
 # ---- wrong use
 
 
@@ -344,3 +483,26 @@ def test_results_are_those_of_the_rules() -> None:
     logger = MemoryLogger()
     fit(NormNet(), make_batches(3), [GradientClipping(Notes(0.1)), GradientMonitor(histograms=False)], logger=logger)
     assert [float(result.norm) for result in seen] == list(logger.values("grad_norm/total").values())
+
+
+def test_rules_with_schedules_come_from_yaml() -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(GradientClipping, "callback")
+    config = """
+    callback:
+      class_path: stability_callbacks.GradientClipping
+      init_args:
+        rule:
+        - class_path: stability_callbacks.clipping.AGC
+          init_args: {exclude_last_layer: true}
+        - class_path: stability_callbacks.clipping.NormClip
+          init_args:
+            max_norm:
+              class_path: stability_callbacks.schedules.Scaled
+              init_args:
+                schedule: {class_path: stability_callbacks.schedules.WarmupLinear, init_args: {warmup: 0, end: 0.5}}
+                factor: 4.0
+    """
+    [agc, norm] = parser.instantiate(parser.parse_string(config)).callback.rules
+    assert agc.exclude_last_layer
+    assert repr(norm) == repr(NormClip(Scaled(WarmupLinear(warmup=0, end=0.5), factor=4.0)))

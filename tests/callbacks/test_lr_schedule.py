@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -16,8 +17,20 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from stability_callbacks import GradientClipping, GradientMonitor, LRSchedule, StepGuard
 from stability_callbacks.clipping import NormClip
-from stability_callbacks.schedules import Schedule, WarmupConstant, WarmupCosine, WarmupInverseSqrt
-from tests.models import MemoryLogger, NormNet, TinyModel, assert_same_bits, fit, make_batches, poison, training_state
+from stability_callbacks.schedules import Scaled, Schedule, WarmupConstant, WarmupCosine, WarmupInverseSqrt
+from tests.models import (
+    MemoryLogger,
+    NormNet,
+    ResumableLoader,
+    TinyModel,
+    assert_same_bits,
+    fit,
+    fp16,
+    make_batches,
+    make_trainer,
+    poison,
+    training_state,
+)
 
 
 class SpySGD(torch.optim.SGD):
@@ -151,6 +164,18 @@ def test_skipped_steps_count_so_that_the_schedule_ends_where_it_should() -> None
     schedule = WarmupCosine(warmup=4)
     trainer = fit(Net(), batches, [LRSchedule(schedule), StepGuard()])
     assert rates(trainer) == [0.1 * multiple for multiple in multiples(schedule, 8, 8)]
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_steps_that_a_loss_scaler_skips_count_too(guarded: bool) -> None:
+    """The first scale is so large that gradients overflow: the scaler leaves the optimizer out until it has halved."""
+    schedule, logger = WarmupCosine(warmup=4, start=0.2), MemoryLogger()
+    callbacks = [LRSchedule(schedule), *([StepGuard()] if guarded else [])]
+    trainer = fit(Net(), make_batches(8), callbacks, plugins=[fp16(2.0**18)], logger=logger)
+    taken = len(trainer.optimizers[0].seen)  # type: ignore[attr-defined]
+    assert 0 < taken < 8
+    assert rates(trainer) == [0.1 * multiple for multiple in multiples(schedule, 8, 8)[-taken:]]
+    assert callbacks[0].state_dict() == {"attempted_steps": [8]}
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -319,11 +344,6 @@ def test_the_learning_rate_monitor_sees_the_effective_rate(ours_first: bool, acc
 
 
 def test_the_effective_rate_is_logged_for_each_group() -> None:
-    class Groups(Net):
-        def configure_optimizers(self) -> Any:
-            groups = [{"params": [self.net.weight], "lr": 0.5}, {"params": [self.net.bias], "lr": 0.1}]
-            return SpySGD(groups, lr=0.5)
-
     logger, schedule = MemoryLogger(), WarmupCosine(warmup=3)
     trainer = fit(Groups(), make_batches(6), [LRSchedule(schedule)], logger=logger, log_every_n_steps=2)
     assert logger.values("lr/SpySGD/pg1") == {step: rates(trainer)[step] for step in (1, 3, 5)}
@@ -379,6 +399,24 @@ def test_on_a_checkpoint_without_the_callback_the_schedule_starts_where_training
     assert [seen[0] for seen in trainer.optimizers[1].seen] == [0.4 * m for m in multiples(schedule, 6, 6)[3:]]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(("before", "after"), [(8, 12), (12, 8)])
+def test_a_resume_with_another_max_steps_follows_the_new_total(before: int, after: int, tmp_path: Any) -> None:
+    schedule, saver = WarmupCosine(warmup=0.25), Saves(tmp_path)
+    trainer = make_trainer([LRSchedule(schedule), saver], max_steps=before, max_epochs=-1, limit_train_batches=3)
+    trainer.fit(Net(), ResumableLoader(make_batches(3)))
+    path = next(path for path in saver.paths if torch.load(path, weights_only=False)["global_step"] == 3)
+    resumed = make_trainer([LRSchedule(schedule)], max_steps=after, max_epochs=-1)
+    resumed.fit(Net(), ResumableLoader(make_batches(3)), ckpt_path=path)
+    assert rates(trainer) == [0.1 * multiple for multiple in multiples(schedule, before, before)]
+    assert rates(resumed) == [0.1 * multiple for multiple in multiples(schedule, after, after)[3:]]
+
+
+def test_restarts_start_at_the_peak_again() -> None:
+    trainer = fit(Net(), make_batches(8), [LRSchedule(WarmupCosine(warmup=2, cycles=3))])
+    assert rates(trainer) == pytest.approx([0.0, 0.05, 0.1, 0.05, 0.1, 0.05, 0.1, 0.05])
+
+
 def test_a_second_fit_of_the_same_trainer_goes_on_and_one_of_another_starts_anew() -> None:
     callback, schedule = LRSchedule(WarmupInverseSqrt(warmup=4)), WarmupInverseSqrt(warmup=4)
     trainer = fit(Net(), make_batches(3), [callback])
@@ -393,7 +431,135 @@ def test_a_second_fit_of_the_same_trainer_goes_on_and_one_of_another_starts_anew
     assert callback.state_dict() == {"attempted_steps": [6, 2]}
 
 
+# ---- one for each optimizer or parameter group
+
+
+class Groups(Net):
+    """Weight and bias in parameter groups of their own, with names or without."""
+
+    def __init__(self, *names: str | None) -> None:
+        super().__init__()
+        self.names = names
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": [self.net.weight], "lr": 0.5}, {"params": [self.net.bias], "lr": 0.1}]
+        for group, name in zip(groups, self.names, strict=False):
+            if name is not None:
+                group["name"] = name
+        return SpySGD(groups, lr=0.5)
+
+
+ONE, OTHER = WarmupCosine(warmup=3), WarmupConstant(warmup=0.5, start=0.2)
+
+
+@pytest.mark.parametrize(
+    ("names", "schedules"),
+    [
+        (("backbone", "head"), {"backbone": ONE, "head": OTHER}),
+        (("backbone", "head"), {"^SpySGD/backbone$": ONE, ".*": OTHER}),
+        (("backbone", None), {"pg2": OTHER, ".*": ONE}),
+        ((), {"pg1": ONE, "pg2": OTHER}),
+    ],
+)
+def test_parameter_groups_have_schedules_of_their_own(names: Any, schedules: Any) -> None:
+    logger = MemoryLogger()
+    callbacks = [LRSchedule(schedules), LearningRateMonitor("step")]
+    trainer = fit(Groups(*names), make_batches(6), callbacks, logger=logger)
+    expected = [0.5 * m for m in multiples(ONE, 6, 6)], [0.1 * m for m in multiples(OTHER, 6, 6)]
+    assert (rates(trainer), rates(trainer, 1)) == expected
+    assert list(logger.values("lr/SpySGD/pg1").values()) == expected[0]
+    # Patterns are searched in the names that LearningRateMonitor logs.
+    monitored = [f"lr-SpySGD/{name}" for name in (*names, "pg1", "pg2")[: 2 if names else None] if name]
+    assert all(logger.values(name) for name in monitored)
+
+
+def test_none_leaves_a_group_alone() -> None:
+    trainer = fit(Groups("body", "head"), make_batches(6), [LRSchedule({"head": ONE, ".*": None})])
+    assert rates(trainer) == [0.5] * 6
+    assert rates(trainer, 1) == [0.1 * m for m in multiples(ONE, 6, 6)]
+
+
+def test_optimizers_have_schedules_of_their_own() -> None:
+    trainer = fit(TwoRates(), make_batches(6), [LRSchedule({"^SpySGD$": ONE, "SpySGD-1": Scaled(OTHER, 0.5)})])
+    one, two = ([seen[0] for seen in optimizer.seen] for optimizer in trainer.optimizers)
+    assert one == [0.1 * m for m in multiples(ONE, 6, 6)]
+    assert two == [0.4 * (0.5 * m) for m in multiples(OTHER, 6, 6)]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_schedules_of_groups_go_on_after_a_resume(tmp_path: Any) -> None:
+    schedules = {"backbone": ONE, "head": OTHER}
+    saver = Saves(tmp_path)
+    fit(Groups("backbone", "head"), make_batches(3), [LRSchedule(schedules), saver], max_epochs=1)
+    resumed = fit(
+        Groups("backbone", "head"), make_batches(3), [LRSchedule(schedules)], max_epochs=2, ckpt_path=saver.paths[-1]
+    )
+    assert rates(resumed) == [0.5 * m for m in multiples(ONE, 6, 6)[3:]]
+    assert rates(resumed, 1) == [0.1 * m for m in multiples(OTHER, 6, 6)[3:]]
+    keys = {LRSchedule(which).state_key for which in (schedules, dict(schedules), {"head": ONE, ".*": OTHER}, ONE)}
+    assert len(keys) == 3
+
+
+class Unfreezes(pl.Callback):
+    """Adds a parameter group in the second epoch, as finetuning callbacks do."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            trainer.optimizers[0].add_param_group({"params": [pl_module.later], "lr": 0.4, "name": "later"})
+
+
+class Later(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = nn.Parameter(torch.ones(3))
+
+    def configure_optimizers(self) -> Any:
+        return SpySGD(self.net.parameters(), lr=self.lr)
+
+
+def test_a_group_that_is_added_later_is_matched_when_it_comes() -> None:
+    schedules = {"later": OTHER, ".*": ONE}
+    with pytest.raises(MisconfigurationException, match=r"patterns 'later' match no parameter group; .* 'SpySGD'"):
+        fit(Later(), make_batches(3), [LRSchedule(schedules), Unfreezes()], max_epochs=2)
+    trainer = fit(Later(), make_batches(3), [LRSchedule({".*": ONE}), Unfreezes()], max_epochs=2)
+    assert rates(trainer) == [0.1 * m for m in multiples(ONE, 6, 6)]
+    assert [seen[1] for seen in trainer.optimizers[0].seen[3:]] == [0.4 * m for m in multiples(ONE, 6, 6)[3:]]
+    with pytest.raises(MisconfigurationException, match="no pattern of LRSchedule matches 'SpySGD/later'"):
+        fit(Later(), make_batches(3), [LRSchedule({"SpySGD(/pg1)?$": ONE}), Unfreezes()], max_epochs=2)
+
+
 # ---- wrong use
+
+
+@pytest.mark.parametrize(
+    ("schedules", "message"),
+    [
+        (
+            {"tail": ONE, ".*": OTHER},
+            "patterns 'tail' match no parameter group; there are: 'SpySGD/body', 'SpySGD/head'",
+        ),
+        ({"body": ONE}, "no pattern of LRSchedule matches 'SpySGD/head'; patterns: 'body'"),
+    ],
+)
+def test_patterns_that_do_not_fit_the_groups_stop_the_fit_at_its_start(schedules: Any, message: str) -> None:
+    model = Groups("body", "head")
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(model, make_batches(3), [LRSchedule(schedules)])
+    assert not model.losses
+
+
+@pytest.mark.parametrize(
+    ("schedules", "error", "message"),
+    [
+        ({}, ValueError, "`schedule` must be a schedule, .* got {}"),
+        ({"(": ONE}, ValueError, "`schedule` must be a regular expression"),
+        ({"a": 0.5}, TypeError, r"`schedule\['a'\]` must be a schedule or None, got 0.5"),
+        ({1: ONE}, TypeError, "`schedule` must be a regular expression"),
+    ],
+)
+def test_mappings_are_checked_at_once(schedules: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LRSchedule(schedules)
 
 
 class Endless(IterableDataset[Any]):
@@ -411,7 +577,7 @@ UNKNOWN: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", UNKNOWN)
 def test_a_total_that_cannot_be_known_is_an_error_that_asks_for_it(case: str) -> None:
     batches, arguments = UNKNOWN[case]
-    with pytest.raises(MisconfigurationException, match=r"WarmupCosine\(total_steps=...\) or Trainer\(max_steps=...\)"):
+    with pytest.raises(MisconfigurationException, match=r"the schedule's `total_steps`, or Trainer\(max_steps=...\)"):
         fit(Net(), batches, [LRSchedule(WarmupCosine())], **arguments)
 
 
@@ -442,9 +608,9 @@ def test_fast_dev_run_passes() -> None:
     fit(Net(), make_batches(4), [LRSchedule(WarmupCosine(warmup=100))], fast_dev_run=True)
 
 
-@pytest.mark.parametrize("schedule", [0.1, None, WarmupCosine, lambda step: 1.0])
+@pytest.mark.parametrize("schedule", [0.1, None, WarmupCosine, lambda step: 1.0, [WarmupCosine()]])
 def test_anything_but_a_schedule_is_refused(schedule: Any) -> None:
-    with pytest.raises(TypeError, match="`schedule` must be a schedule, such as WarmupCosine"):
+    with pytest.raises(TypeError, match=r"`schedule` must be a schedule, such as WarmupCosine\(\), or a mapping"):
         LRSchedule(schedule)
 
 
@@ -486,3 +652,20 @@ def test_the_state_is_the_number_of_steps_attempted() -> None:
     trainer = fit(Net(), make_batches(5), [callback])
     assert callback.state_dict() == {"attempted_steps": [5]}
     assert training_state(trainer.lightning_module, trainer)["optimizers"][0]["param_groups"][0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("written", "schedule"),
+    [
+        ("{class_path: WarmupCosine, init_args: {warmup: 0.1}}", WarmupCosine(warmup=0.1)),
+        (
+            "{head: {class_path: WarmupCosine, init_args: {warmup: 0.1}}, '.*': null}",
+            {"head": WarmupCosine(warmup=0.1), ".*": None},
+        ),
+    ],
+)
+def test_schedules_come_from_yaml(written: str, schedule: Any) -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(LRSchedule, "callback")
+    config = f"callback: {{class_path: LRSchedule, init_args: {{schedule: {written}}}}}"
+    assert repr(parser.instantiate(parser.parse_string(config)).callback.schedule) == repr(schedule)

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks import stress
 from stability_callbacks.clipping import AdaGC, AutoClip, ClipRule, ZClip
+from stability_callbacks.clipping._adaptive import AdaptiveNormClip
 from stability_callbacks.gradient_pass import measure_gradients
 from tests.clipping import references
 from tests.clipping.references import assert_close, feed, series
@@ -170,20 +172,29 @@ def test_ada_gc_keeps_the_statistics_of_tensors_that_have_no_gradient() -> None:
     assert one.grad.item() == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_stress_run_recovers(name: str) -> None:
-    """Log-normal norms with 1 % spikes of x100, a NaN, an infinity and a run of zeros."""
-    generator = np.random.default_rng(1)
-    norms = generator.lognormal(sigma=0.3, size=1000)
-    spikes = generator.random(1000) < 0.01
-    norms[spikes] *= 100
-    norms[500], norms[600], norms[700:750] = np.nan, np.inf, 0.0
-    clipped = feed(RULES[name](), norms.tolist())
-    ordinary = [
-        c for i, c in enumerate(clipped) if i > 100 and not spikes[i] and norms[i] > 0 and math.isfinite(norms[i])
-    ]
-    assert all(math.isfinite(c) and c > 0.2 for c in ordinary)
-    assert max(c for i, c in enumerate(clipped) if i > 100 and math.isfinite(c)) < 6
+@pytest.mark.parametrize("name", stress.RULES)
+def test_a_stress_run_leaves_little_trace(name: str) -> None:
+    """Spikes of x100, a NaN, an infinity and zeros: ten ordinary steps later they are forgotten."""
+    outcome = stress.stress(stress.RULES[name], stress.draw(steps=400))
+    assert outcome.largest < 7
+    assert outcome.after_effect <= 10
+    assert outcome.altered < 0.05
+    assert outcome.threshold == pytest.approx(outcome.calm_threshold, rel=0.05, nan_ok=True)
+
+
+def test_a_stress_run_tells_rules_that_suffer() -> None:
+    """A rule whose threshold is the mean of all norms, without a bound on the spikes it learns from."""
+
+    class Naive(AdaptiveNormClip):
+        def _learn(self, norm: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+            total, count = self._state.on(norm.device, total=0, count=0)
+            total.add_(torch.where(valid, norm, 0.0))
+            count.add_(valid)
+            return total / count
+
+    outcome = stress.stress(Naive, stress.draw(steps=400))
+    assert outcome.altered > 0.1
+    assert outcome.threshold > 1.5 * outcome.calm_threshold
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,62 @@ def test_excluded_parameters_are_left_alone() -> None:
     assert torch.equal(pairs[1][1].grad, torch.full((2, 2), 100.0))  # type: ignore[arg-type]
 
 
+class Classifier(nn.Module):
+    """The classifier is defined last, after a normalisation, whichever layers it has."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = head
+
+
+HEADS = {
+    "linear": nn.Linear(4, 2),
+    "convolution": nn.Conv2d(4, 2, 1),
+    "without a bias": nn.Linear(4, 2, bias=False),
+    "parametrised": nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)),
+    "after others": nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2), nn.LayerNorm(2)),
+}
+
+
+def clipped(pairs: list[tuple[str, nn.Parameter]], rule: AGC) -> set[str]:
+    """The names of the parameters whose huge gradients a rule clips."""
+    for _, weight in pairs:
+        weight.grad = torch.full_like(weight, 1000.0)
+    rule.clip_(pairs)
+    return {name for name, weight in pairs if weight.grad.max() < 1000}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_last_layer_may_be_excluded(head: str) -> None:
+    model = Classifier(HEADS[head])
+    pairs = list(model.named_parameters())
+    last = "head.2." if head == "after others" else "head."
+    assert clipped(pairs, AGC(exclude_last_layer=True)) == {name for name, _ in pairs if not name.startswith(last)}
+    assert clipped(pairs, AGC()) == {name for name, _ in pairs}
+
+
+def test_the_last_layer_is_found_among_all_parameters() -> None:
+    """Those that have no gradient in the first step, and those that the rule was told of before, too."""
+    pairs = list(Classifier(nn.Linear(4, 2)).named_parameters())
+    rule = AGC(exclude_last_layer=True)
+    rule.clip_(pairs)  # no gradients at all
+    assert clipped(pairs[:2], rule) == {"stem.weight", "stem.bias"}
+    told = AGC(exclude_last_layer=True)
+    told.assign(pairs)
+    assert clipped(pairs[:2], told) == {"stem.weight", "stem.bias"}
+    assert clipped(pairs[:2], AGC(exclude_last_layer=True)) == set()
+    assert clipped(pairs, AGC(exclude=["stem"], exclude_last_layer=True)) == {"norm.weight", "norm.bias"}
+
+
+def test_the_last_layer_of_parameters_without_names_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"AGC\(exclude_last_layer=True\) needs named parameters"):
+        AGC(exclude_last_layer=True).clip_(nn.Linear(2, 2).parameters())
+    with pytest.raises(TypeError, match="`exclude_last_layer` must be True or False, got 'head'"):
+        AGC(exclude_last_layer="head")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_one_bad_element_leaves_every_gradient_alone(bad: float) -> None:
     pairs = [(name, nn.Parameter(torch.ones(2, 2))) for name in "ab"]

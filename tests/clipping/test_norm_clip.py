@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from stability_callbacks.clipping import NormClip
 from stability_callbacks.clipping._norm_clip import norm_clip_coefficient
 from stability_callbacks.gradient_pass import GradientNorms, measure_gradients
+from stability_callbacks.schedules import Scaled, Schedule, WarmupConstant, WarmupCosine, WarmupLinear
 from tests.gradients import gradient, parameter, sparse_embedding
 from tests.host_reads import ForbidHostReads
 
@@ -177,5 +179,100 @@ def test_is_a_plain_value() -> None:
     rule = NormClip(0.5, INF)
     assert repr(rule) == "NormClip(max_norm=0.5, norm_type=inf)"
     for twin in (copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
-        assert vars(twin) == vars(rule) == {"max_norm": 0.5, "norm_type": INF}
+        assert vars(twin) == vars(rule)
+        assert (twin.max_norm, twin.norm_type) == (0.5, INF)
     assert (rule.threshold, rule.linear, rule.state_dict()) == (0.5, True, {})
+
+
+# ---- a threshold that follows a schedule
+
+
+def thresholds(rule: NormClip, steps: int) -> list[float]:
+    """What a rule leaves of gradients with norm 100, step by step."""
+    left = []
+    for _ in range(steps):
+        weight = parameter([60.0, 80.0])
+        rule.clip_([weight])
+        left.append(gradient(weight).norm().item())
+        assert rule.threshold == pytest.approx(left[-1], rel=1e-5)
+    return left
+
+
+DECAY = WarmupCosine(warmup=0, end=0.1, total_steps=10)
+
+
+def test_the_threshold_follows_a_schedule() -> None:
+    expected = [DECAY(step) for step in range(12)]
+    assert len(set(expected)) == 11
+    assert thresholds(NormClip(DECAY), 12) == pytest.approx(expected, rel=1e-5)
+    assert thresholds(NormClip(Scaled(DECAY, 30.0)), 12) == pytest.approx([30 * e for e in expected], rel=1e-5)
+
+
+def test_a_scheduled_threshold_clips_as_a_constant_one() -> None:
+    for step in (0, 3, 9):
+        rule, one, other = NormClip(DECAY), parameter([60.0, 80.0]), parameter([60.0, 80.0])
+        rule.set_step(step)
+        assert rule.clip_([one]) == NormClip(DECAY(step)).clip_([other])
+        assert torch.equal(gradient(one), gradient(other))
+
+
+def test_the_step_can_be_told_and_else_is_counted() -> None:
+    rule = NormClip(WarmupLinear(warmup=0, end=0.5))
+    rule.set_step(8, 10)
+    assert thresholds(rule, 3) == pytest.approx([0.6, 0.55, 0.5], rel=1e-5)
+    rule.set_step(8, 20)
+    assert thresholds(rule, 1) == pytest.approx([0.8], rel=1e-5)
+    constant = NormClip(2.0)
+    constant.set_step(8, 20)
+    assert thresholds(constant, 1) == pytest.approx([2.0], rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, 0.0])
+def test_a_step_that_clips_nothing_is_a_step_of_the_schedule(bad: float) -> None:
+    rule = NormClip(DECAY)
+    rule.clip_([parameter([bad])])
+    assert thresholds(rule, 1) == pytest.approx([DECAY(1)], rel=1e-5)
+
+
+def test_a_schedule_resumes_where_it_was() -> None:
+    rule, file = NormClip(DECAY), io.BytesIO()
+    whole = thresholds(NormClip(DECAY), 9)
+    thresholds(rule, 4)
+    torch.save(rule.state_dict(), file)
+    file.seek(0)
+    other = NormClip(DECAY)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for copied in (other, copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
+        assert thresholds(copied, 5) == whole[4:]
+
+
+class Vanishes(Schedule):
+    def __call__(self, step: int, total_steps: int | None = None) -> float:
+        return max(0.0, 1.0 - step / 2)
+
+
+def test_a_schedule_must_stay_above_zero() -> None:
+    match = r"`max_norm` must be a schedule whose values are numbers > 0, got .*, which is 0 at step "
+    with pytest.raises(ValueError, match=match + "0"):
+        NormClip(WarmupConstant(warmup=5))
+    with pytest.raises(ValueError, match=match + "7"):
+        NormClip(WarmupLinear(warmup=0, total_steps=7))
+    late = NormClip(WarmupLinear(warmup=0))  # its end is known when the total is
+    with pytest.raises(ValueError, match=match + "9"):
+        late.set_step(0, 9)
+    rule = NormClip(Vanishes())
+    assert thresholds(rule, 2) == pytest.approx([1.0, 0.5], rel=1e-5)
+    with pytest.raises(ValueError, match=match + "2"):
+        thresholds(rule, 1)
+
+
+def test_a_total_that_nobody_knows_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="pass `total_steps` to WarmupCosine"):
+        thresholds(NormClip(WarmupCosine(warmup=0, end=0.1)), 1)
+
+
+def test_a_scheduled_rule_is_a_plain_value() -> None:
+    rule = NormClip(Scaled(DECAY, 2.0))
+    assert repr(rule) == f"NormClip(max_norm=Scaled(schedule={DECAY!r}, factor=2.0), norm_type=2)"
+    assert (rule.threshold, rule.state_dict(), rule.schedules) == (None, {"step": 0}, [rule.max_norm])
+    assert NormClip().schedules == []

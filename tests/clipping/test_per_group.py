@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from stability_callbacks.clipping import AutoClip, NormClip, PerGroup, ValueClip
+from stability_callbacks.clipping import AGC, AutoClip, NormClip, PerGroup, ValueClip
 from stability_callbacks.gradient_pass import measure_gradients
+from stability_callbacks.schedules import WarmupLinear
 
 
 def parameters(*names: str, gradient: float = 3.0) -> list[tuple[str, nn.Parameter]]:
@@ -65,6 +66,33 @@ def test_state_belongs_to_the_pattern() -> None:
     other = PerGroup({"a": AutoClip(50), "b": NormClip(1.0)})
     other.load_state_dict(rule.state_dict())
     assert float(other.state_dict()["a"]["position"]) == 1.0
+
+
+def test_a_scheduled_threshold_counts_the_steps_in_which_its_group_has_no_gradient() -> None:
+    rule = PerGroup({"a": NormClip(WarmupLinear(warmup=0, end=0.5, total_steps=4)), "b": NormClip(2.0)})
+    thresholds = []
+    for step in range(5):
+        pairs = parameters("a", "b")
+        if step in (1, 2):
+            pairs[0][1].grad = None
+        rule.clip_(pairs)
+        thresholds.append(None if pairs[0][1].grad is None else pairs[0][1].grad.norm().item())
+    assert thresholds[1:3] == [None, None]
+    assert [thresholds[step] for step in (0, 3, 4)] == pytest.approx([1.0, 0.625, 0.5], rel=1e-5)
+    assert len(rule.schedules) == 1
+    rule.set_step(0)
+    pairs = parameters("a", "b")
+    rule.clip_(pairs)
+    assert pairs[0][1].grad.norm().item() == pytest.approx(1.0, rel=1e-5)  # type: ignore[union-attr]
+
+
+def test_the_rules_of_groups_learn_which_parameters_are_theirs() -> None:
+    rule = PerGroup({"encoder": AGC(exclude_last_layer=True), ".*": None})
+    pairs = [(name, nn.Parameter(torch.ones(2, 2))) for name in ("encoder.0.w", "encoder.1.w", "head.w")]
+    for _, weight in pairs:
+        weight.grad = torch.full((2, 2), 100.0)
+    rule.clip_(pairs)
+    assert [weight.grad.max().item() < 1 for _, weight in pairs] == [True, False, False]  # type: ignore[union-attr]
 
 
 def test_bad_arguments() -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from stability_callbacks.schedules import (
+    Scaled,
     Schedule,
     WarmupConstant,
     WarmupCosine,
@@ -400,6 +401,29 @@ class TestStableDecay:
     def test_filling_the_total(self, arguments: dict[str, int | float]) -> None:
         schedule = WarmupStableDecay(**arguments)
         assert schedule.warmup_steps(100) + schedule.decay_steps(100) == 100
+
+
+class TestScaled:
+    @given(schedules(), st.floats(1e-3, 1e3))
+    def test_is_the_other_schedule_times_the_factor(self, case: tuple[Schedule, int], factor: float) -> None:
+        schedule, total = case
+        scaled = Scaled(schedule, factor)
+        assert curve(scaled, total) == [factor * value for value in curve(schedule, total)]
+        assert scaled.needs_total == schedule.needs_total
+        assert scaled.warmup_steps(total) == schedule.warmup_steps(total)
+        assert scaled.warmup == schedule.warmup
+        assert curve(eval(repr(scaled)), total) == curve(scaled, total)
+
+    def test_knows_the_total_that_the_other_was_given(self) -> None:
+        scaled = Scaled(WarmupCosine(warmup=2, total_steps=8), 3.0)
+        assert (scaled.total_steps, scaled.needs_total, scaled(2), scaled(8)) == (8, False, 3.0, 0.0)
+        assert scaled.plot().axes[0].lines[0].get_ydata().max() == 3.0
+
+    def test_takes_a_schedule_and_a_positive_number(self) -> None:
+        with pytest.raises(TypeError, match=r"`schedule` must be a schedule, such as .* got 1.0"):
+            Scaled(1.0, 2.0)
+        with pytest.raises(ValueError, match="`factor` must be a number > 0, got 0"):
+            Scaled(WarmupCosine(), 0)
 
 
 class TestBadArguments:
