@@ -6,11 +6,20 @@ import math
 import re
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-__all__ = ["check_bool", "check_choice", "check_instance", "check_integer", "check_number", "check_pattern"]
+__all__ = [
+    "check_bool",
+    "check_choice",
+    "check_instance",
+    "check_integer",
+    "check_number",
+    "check_path",
+    "check_pattern",
+]
 
 
 def check_number(
@@ -146,6 +155,24 @@ def check_pattern(name: str, value: Any) -> re.Pattern[str]:
         return re.compile(value)
     except re.error as error:
         raise ValueError(f"`{name}` must be a regular expression, got {value!r}: {error}") from error
+
+
+def check_path(name: str, value: Any) -> Path | None:
+    """Return ``value`` as a path, or None if it is None.
+
+    Args:
+        name: The argument's name.
+        value: What the user gave.
+
+    Raises:
+        TypeError: If it is neither a string, nor a path, nor None.
+
+    Example:
+        >>> check_path("dirpath", None)
+    """
+    if value is None or isinstance(value, Path):
+        return value
+    return Path(check_instance(name, value, str, "a path or None"))
 
 
 def _bounds(above: float | None, at_least: float | None, below: float | None, at_most: float | None) -> str:

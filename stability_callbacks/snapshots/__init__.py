@@ -1,5 +1,7 @@
 """Copies of training state to go back to. Pure PyTorch."""
 
 from stability_callbacks.snapshots._buffers import BufferBackup
+from stability_callbacks.snapshots._random_state import RandomState
+from stability_callbacks.snapshots._ring import SnapshotRing
 
-__all__ = ["BufferBackup"]
+__all__ = ["BufferBackup", "RandomState", "SnapshotRing"]

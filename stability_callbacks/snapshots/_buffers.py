@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from stability_callbacks.gradient_pass import group_by_device_and_dtype, tensor_norms, writable_values
+from stability_callbacks.gradient_pass import group_by_device_and_dtype, tensor_norms
+from stability_callbacks.snapshots._memory import address_of, copy_in_groups, is_float, memory_of
 
 __all__ = ["BufferBackup"]
 
@@ -81,7 +82,7 @@ class BufferBackup:
                 outdated.append(copy)
             copies[id(buffer)] = copy
         self._copies = copies
-        _copy([copy.values for copy in outdated], [copy.memory() for copy in outdated])
+        copy_in_groups([copy.values for copy in outdated], [copy.memory() for copy in outdated])
         for copy in outdated:
             copy.note_version()
 
@@ -97,7 +98,7 @@ class BufferBackup:
         """
         names, now, before = [], [], []
         for name, memory, copy in self._changes():
-            if memory is not None and copy is not None and _is_float(memory) and _is_float(copy.values):
+            if memory is not None and copy is not None and is_float(memory) and is_float(copy.values):
                 names.append(name)
                 now.append(memory)
                 before.append(copy.values)
@@ -116,7 +117,7 @@ class BufferBackup:
         for slot, buffer in self._backup():
             if slot.current() is not buffer:
                 slot.owner._buffers[slot.key] = buffer
-        _copy([copy.memory() for copy in changed], [copy.values for copy in changed])
+        copy_in_groups([copy.memory() for copy in changed], [copy.values for copy in changed])
 
     @torch.no_grad()
     def restore_where(self, condition: Tensor) -> None:
@@ -166,7 +167,7 @@ class BufferBackup:
             now = slot.current()
             copy = None if buffer is None else self._copies[id(buffer)]
             if now is not buffer:
-                yield slot.name, None if now is None else _memory(now), copy
+                yield slot.name, None if now is None else memory_of(now), copy
             elif copy is not None and copy.may_differ():
                 yield slot.name, copy.memory(), copy
 
@@ -194,11 +195,11 @@ class _Copy:
 
     def __init__(self, buffer: Tensor) -> None:
         self.buffer = buffer
-        self._address = _address(buffer)
-        self._memory = memory = _memory(buffer)
+        self._address = address_of(buffer)
+        self._memory = memory = memory_of(buffer)
         self.values = memory.clone()
         # Grouped writes to a DTensor leave no trace either.
-        unwatched = _is_float(memory) or memory.numel() <= _ALWAYS_COPIED or isinstance(buffer, DTensor)
+        unwatched = is_float(memory) or memory.numel() <= _ALWAYS_COPIED or isinstance(buffer, DTensor)
         self._always = unwatched and memory.layout == torch.strided
         self.note_version()
 
@@ -207,7 +208,7 @@ class _Copy:
 
     def has_moved(self) -> bool:
         """Whether the buffer's memory was replaced behind it, by an assignment to ``.data``."""
-        return _address(self.buffer) != self._address
+        return address_of(self.buffer) != self._address
 
     def may_differ(self) -> bool:
         """Whether the buffer may hold other values than the copy."""
@@ -215,7 +216,7 @@ class _Copy:
 
     def memory(self) -> Tensor:
         """The memory behind the buffer."""
-        return _memory(self.buffer) if self.has_moved() else self._memory
+        return memory_of(self.buffer) if self.has_moved() else self._memory
 
     def fits(self, memory: Tensor) -> bool:
         """Whether the copy can be put into some memory as it is."""
@@ -223,34 +224,8 @@ class _Copy:
         return memory.shape == values.shape and memory.dtype == values.dtype and memory.device == values.device
 
 
-def _address(buffer: Tensor) -> int:
-    if isinstance(buffer, DTensor):
-        buffer = buffer.to_local()
-    return buffer.data_ptr() if buffer.layout == torch.strided else 0
-
-
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # inference tensors have none: they hardly ever change
-
-
-def _memory(buffer: Tensor) -> Tensor:
-    """The memory that this process holds of a buffer; what an expanded one repeats is there once."""
-    if buffer.layout != torch.strided:
-        return buffer
-    memory = writable_values(buffer).detach()  # stays where it is if the buffer is given other memory
-    for dim, (size, stride) in enumerate(zip(memory.shape, memory.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            memory = memory.narrow(dim, 0, 1)
-    return memory
-
-
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    for members in group_by_device_and_dtype(targets).values():
-        torch._foreach_copy_([targets[index] for index in members], [sources[index] for index in members])
-
-
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
