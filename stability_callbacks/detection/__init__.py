@@ -11,6 +11,9 @@ Example:
 """
 
 from stability_callbacks.detection._detector import Detector, StepEvidence
+from stability_callbacks.detection._input_range import InputRange, input_magnitude
 from stability_callbacks.detection._nonfinite import NonFinite
+from stability_callbacks.detection._spike import Spike
+from stability_callbacks.detection._sustained import SustainedRise
 
-__all__ = ["Detector", "NonFinite", "StepEvidence"]
+__all__ = ["Detector", "InputRange", "NonFinite", "Spike", "StepEvidence", "SustainedRise", "input_magnitude"]
