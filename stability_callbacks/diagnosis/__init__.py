@@ -1,0 +1,37 @@
+"""What happened: the record of a run's incidents, and where a non-finite value came from. Pure PyTorch."""
+
+from __future__ import annotations
+
+from stability_callbacks.diagnosis._bundle import Bundle, BundleError, read_bundle, write_bundle
+from stability_callbacks.diagnosis._cause import Cause, find_cause
+from stability_callbacks.diagnosis._history import StepHistory
+from stability_callbacks.diagnosis._history_csv import read_history, write_history
+from stability_callbacks.diagnosis._history_plot import plot_history
+from stability_callbacks.diagnosis._incident import Incident, IncidentLog, read_incidents
+from stability_callbacks.diagnosis._isolation import RandomState, isolated
+from stability_callbacks.diagnosis._retention import bundles, make_room, tensor_bytes
+from stability_callbacks.diagnosis._step_row import StepRow
+from stability_callbacks.diagnosis._storable import Unsaved
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "Cause",
+    "Incident",
+    "IncidentLog",
+    "RandomState",
+    "StepHistory",
+    "StepRow",
+    "Unsaved",
+    "bundles",
+    "find_cause",
+    "isolated",
+    "make_room",
+    "plot_history",
+    "read_bundle",
+    "read_history",
+    "read_incidents",
+    "tensor_bytes",
+    "write_bundle",
+    "write_history",
+]

@@ -1,0 +1,201 @@
+"""The cause of a non-finite step: the batch is run once more, and the first thing that broke is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils import checkpoint
+
+from stability_callbacks._validation import check_instance
+from stability_callbacks.diagnosis._backward_trace import Break, first_break
+from stability_callbacks.diagnosis._forward_trace import ForwardTrace, ModuleStack, Origin, Site, plain_name
+from stability_callbacks.diagnosis._isolation import isolated
+from stability_callbacks.diagnosis._values import describe, is_finite
+
+__all__ = ["Cause", "find_cause"]
+
+
+class Cause(NamedTuple):
+    """The first thing that broke in a step.
+
+    Args:
+        reproduced: Whether the fault came up again. If not, only ``explanation`` has something to say.
+        phase: Where it was: ``"input"``, the batch held a non-finite value; ``"parameter"``, ``"buffer"``, one of the
+            model's did, before the forward pass or, for a buffer, because of it; ``"forward"``, an operation made one;
+            ``"loss"``, the loss is not finite but no operation was seen to make it so; ``"backward"``, the forward pass
+            is fine, and a gradient is not.
+        module: Full name of the module; ``""`` is the model itself, with all that ran outside of its submodules.
+        module_type: The module's class.
+        operation: The operation, such as ``"log"``, or the node of the backward pass, such as ``"SqrtBackward0"``.
+        source: The user's line of code, as ``"model.py:42 in forward: `y = x.log()`"``.
+        explanation: All of it in words, with the numbers that tell why.
+    """
+
+    reproduced: bool
+    phase: str | None
+    module: str | None
+    module_type: str | None
+    operation: str | None
+    source: str | None
+    explanation: str
+
+
+def find_cause(model: nn.Module, run: Callable[[], Tensor | None], batch: Any = None) -> Cause:
+    """Run the offending batch once more and name the first thing that broke; nothing else changes.
+
+    In the forward pass each operation is watched. One that makes NaN or infinity from finite inputs is the producer,
+    those after it pass it on; only what reaches the loss counts, so a ``log(0)`` that a ``where`` throws away is not
+    blamed. Infinities that are written on purpose, as attention masks are, be they written by an operation or held by a
+    buffer or the batch, are no fault by themselves: if NaN is made of them, as by the softmax of a row that is masked
+    entirely, the operation that makes it is named. If the loss is finite, the gradients are computed in the same way,
+    and the first node of the backward pass is named whose non-finite gradients reach a parameter.
+
+    It costs several forward passes and waits for the device at each operation, and needs memory for one more set of
+    gradients. Models compiled by ``torch.compile`` run eagerly. If several processes train together, all have to call
+    it. The run takes place in :func:`isolated`; wrap the call in ``isolated(model, rng)`` to give the run the random
+    state that the step had.
+
+    Args:
+        model: The model that trains.
+        run: Computes the loss of the batch, as the training step does: under autocast if there, multiplied by the loss
+            scale if that matters. It must not step an optimizer.
+        batch: The batch, of any nesting, to look for non-finite values in it. Default None: unknown.
+
+    Returns:
+        The cause. If ``run`` raises an exception, or the fault does not come up again, ``reproduced`` is False and the
+        explanation says so: training should not end because of its diagnosis.
+
+    Raises:
+        TypeError: If ``model`` is not a module, or ``run`` cannot be called.
+
+    Example:
+        >>> class Log(nn.Module):
+        ...     def forward(self, x):
+        ...         return x.log()
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), Log())
+        >>> batch = -torch.ones(3, 2)
+        >>> _ = [nn.init.ones_(each) for each in model.parameters()]
+        >>> cause = find_cause(model, lambda: model(batch).mean(), batch)
+        >>> cause.phase, cause.module, cause.module_type, cause.operation
+        ('forward', '2', 'Log', 'log')
+        >>> print(cause.explanation)
+        log made 6 -inf in 6 values (log of 6 values <= 0) in module '2' (Log)
+    """
+    check_instance("model", model, nn.Module, "a torch.nn.Module")
+    if not callable(run):
+        raise TypeError(f"`run` must be a function that computes the loss, got {run!r} of type {type(run).__name__}")
+    modules = ModuleStack(model)
+    with isolated(model), torch.inference_mode(False), torch.enable_grad(), _eager():
+        trace = ForwardTrace(modules, batch, stop=__name__)
+        try:
+            with modules.watching(), trace:
+                loss = run()
+            return _verdict(model, trace, loss)
+        except Exception as error:  # noqa: BLE001  # the user's code may raise anything; training goes on
+            return _failed(model, trace, error)
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Run compiled code as it was written, and let checkpoints be differentiated without touching ``.grad``."""
+    reentrant = checkpoint.CheckpointFunction
+    with torch.compiler.set_stance("force_eager"):
+        checkpoint.CheckpointFunction = _NonReentrantCheckpoint  # type: ignore[misc, assignment]
+        try:
+            yield
+        finally:
+            checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
+
+
+class _NonReentrantCheckpoint:
+    """Stands in for the reentrant checkpoint, which only ``backward`` can differentiate."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+
+def _verdict(model: nn.Module, trace: ForwardTrace, loss: Tensor | None) -> Cause:
+    """Judge what the second run has shown."""
+    cause = None if loss is None else _cause_in_gradients_or_loss(model, trace, loss)
+    if cause is not None:
+        return cause
+    for name, origin in trace.spoiled_buffers():
+        return _cause_of_spoiled_buffer(model, name, origin)
+    fault = trace.fault_before()
+    if fault is not None:
+        return _cause_of(model, fault, "; it reached neither the loss nor a gradient")
+    outcome = "gave no loss" if loss is None else "gave a finite loss and finite gradients"
+    return _not_reproduced(
+        f"The second run {outcome}. The fault may have come from another process, a kernel that is not deterministic,"
+        " the hardware, a loss scale that was too large, gradients summed over several batches, or randomness or state"
+        " that the second run did not share."
+    )
+
+
+def _cause_in_gradients_or_loss(model: nn.Module, trace: ForwardTrace, loss: Tensor) -> Cause | None:
+    finite = is_finite(loss)
+    # Where several processes train together, all of them go backward: there may be collectives on the way.
+    together = distributed.is_available() and distributed.is_initialized()
+    broken = first_break(loss, list(model.named_parameters())) if finite or together else None
+    if not finite:
+        origin = trace.origin_of(loss)
+        return _unexplained_loss(loss) if origin is None else _cause_of(model, trace.explained(origin))
+    return None if broken is None else _cause_of_break(model, trace, broken)
+
+
+def _cause_of(model: nn.Module, origin: Origin, addition: str = "") -> Cause:
+    if origin.phase == "input":
+        return Cause(True, "input", None, None, None, None, origin.what + addition)
+    if origin.site is None:
+        return _cause(model, origin.phase, Site(_owner(origin.name), None), None, origin.what + addition)
+    return _cause(model, "forward", origin.site, origin.name, origin.what + addition)
+
+
+def _cause_of_break(model: nn.Module, trace: ForwardTrace, broken: Break) -> Cause:
+    if broken.parameter is not None:
+        site = Site(_owner(broken.parameter), None)
+    else:
+        site = trace.site_of(broken.sequence_number, broken.node) or Site("", None)
+    return _cause(model, "backward", site, broken.node, broken.what)
+
+
+def _cause_of_spoiled_buffer(model: nn.Module, name: str, origin: Origin | None) -> Cause:
+    what = f"the forward pass made {name} non-finite" + (f": {origin.what}" if origin else "")
+    site = origin.site if origin else None
+    operation = origin.name if origin and site else None
+    return _cause(model, "buffer", site or Site(_owner(name), None), operation, what)
+
+
+def _cause(model: nn.Module, phase: str, site: Site, operation: str | None, what: str) -> Cause:
+    kind = type(model.get_submodule(site.module)).__name__
+    where = f"in module '{site.module}' ({kind})" if site.module else f"in {kind} itself, outside of its submodules"
+    source = None if site.line is None else str(site.line)
+    explanation = f"{what} {where}" + (f", at {source}" if source else "")
+    return Cause(True, phase, site.module, kind, operation, source, explanation)
+
+
+def _unexplained_loss(loss: Tensor) -> Cause:
+    what = f"the loss holds {describe(loss)}, and no operation was seen to make it so: it came from outside of PyTorch"
+    return Cause(True, "loss", None, None, None, None, what)
+
+
+def _failed(model: nn.Module, trace: ForwardTrace, error: Exception) -> Cause:
+    first_line = str(error).partition("\n")[0]
+    text = f"The second run failed with {type(error).__name__}: {first_line}"
+    if trace.first_made is not None:
+        text += f" (before that: {_cause_of(model, trace.first_made).explanation})"
+    return _not_reproduced(text)
+
+
+def _not_reproduced(explanation: str) -> Cause:
+    return Cause(False, None, None, None, None, None, explanation)
+
+
+def _owner(name: str) -> str:
+    """Full name of the module that a parameter or buffer belongs to."""
+    return plain_name(name.rpartition(".")[0])

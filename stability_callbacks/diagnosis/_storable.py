@@ -1,0 +1,248 @@
+"""Batches and states as plain structures that ``torch.load(weights_only=True)`` takes: no file can run code.
+
+Tensors, numbers, strings, lists, tuples and dictionaries stay what they are. Everything else is a dictionary with the
+key ``__stored__``, which says of what.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, is_dataclass, make_dataclass
+from importlib import import_module
+from operator import attrgetter
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = ["Unsaved", "from_storable", "to_storable"]
+
+_TAG = "__stored__"
+_KEPT = (bool, torch.Size, torch.dtype, torch.device)
+# The base class's own conversion: of a member of an enumeration, `str` would give the name.
+_PLAIN: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (int, int),
+    (float, float),
+    (complex, complex),
+    (str, str.__str__),
+    (PurePath, str),
+)
+
+
+@dataclass(frozen=True)
+class Unsaved:
+    """Stands in a bundle for an object that was not stored, since only code of its own could make it again.
+
+    Attributes:
+        class_name: The object's class, as ``"package.module:Class"``.
+    """
+
+    class_name: str
+
+
+def to_storable(value: Any) -> tuple[Any, list[str]]:
+    """Turn a batch or state, however nested, into a plain structure.
+
+    Tensors come to the host, without their graph and without the rest of a larger storage. Those of subclasses become
+    plain ones, sharded ones the local shard. Mappings become dictionaries, other sequences lists, members of
+    enumerations that are numbers or strings those, paths strings. Named tuples and dataclasses are taken apart into
+    their fields. What is none of these is left out.
+
+    Args:
+        value: Anything without cycles.
+
+    Returns:
+        The structure, and where in the value something was left out.
+
+    Example:
+        >>> to_storable([{"x": torch.ones(1), "image": object()}])
+        ([{'x': tensor([1.]), 'image': {'__stored__': 'unsaved', 'class': 'builtins:object'}}], ["[0]['image']"])
+    """
+    taken = _Taken()
+    return _take(value, "", taken), taken.left_out
+
+
+def from_storable(structure: Any, allow_classes: bool = False) -> Any:
+    """Put together again what :func:`to_storable` took apart.
+
+    Args:
+        structure: The structure.
+        allow_classes: Whether to import the classes of named tuples and dataclasses, which runs the code of modules
+            that the file names; their constructors are not called. Otherwise, and where a class is not found, they are
+            of look-alike classes made here, with the same fields but no methods. Classes of torch are always imported.
+
+    Returns:
+        The value, with :class:`Unsaved` where something was left out.
+
+    Raises:
+        ValueError: If the structure is none that :func:`to_storable` makes.
+    """
+    if isinstance(structure, dict):
+        if _TAG not in structure:
+            return {key: from_storable(item, allow_classes) for key, item in structure.items()}
+        try:
+            return _put_together(structure, allow_classes)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"a stored {structure[_TAG]!r} is not as it should be: {error!r}") from error
+    if type(structure) in (list, tuple):
+        return type(structure)(from_storable(item, allow_classes) for item in structure)
+    return structure
+
+
+class _Taken:
+    """What one pass over a value remembers: what was left out, and copies of tensors, which may share memory."""
+
+    def __init__(self) -> None:
+        self.left_out: list[str] = []
+        self.copies: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _take(value: Any, place: str, taken: _Taken) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, _KEPT):
+        return value
+    for kind, plain in _PLAIN:
+        if isinstance(value, kind):
+            return plain(value)
+    if isinstance(value, (bytes, bytearray)):
+        return {_TAG: "bytes", "latin1": value.decode("latin1")}  # some versions of torch do not read empty ones
+    if isinstance(value, Tensor):
+        return _take_tensor(value, place, taken)
+    if isinstance(value, np.ndarray):
+        return _take_array(value, place, taken)
+    return _take_container(value, place, taken)
+
+
+def _take_tensor(value: Tensor, place: str, taken: _Taken) -> Any:
+    tensor = value.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+    if tensor.is_nested or _wraps_others(tensor):
+        return _leave_out(value, place, taken)
+    if type(tensor) is not Tensor:
+        tensor = tensor.as_subclass(Tensor)
+    if tensor.layout != torch.strided:
+        return tensor.cpu()
+    key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+    if key not in taken.copies:
+        copy = tensor.cpu().resolve_conj().resolve_neg()
+        larger = copy.untyped_storage().nbytes() > copy.numel() * copy.itemsize
+        taken.copies[key] = copy.clone() if larger else copy
+    return taken.copies[key]
+
+
+def _wraps_others(tensor: object) -> bool:
+    """Whether a tensor has no memory of its own, as quantized weights of some libraries."""
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def _take_array(value: NDArray[Any], place: str, taken: _Taken) -> Any:
+    if value.dtype.kind in "US":  # strings
+        return {_TAG: "array", "dtype": value.dtype.str, "items": value.tolist()}
+    try:
+        return {_TAG: "array", "values": torch.from_numpy(np.array(value, order="C"))}
+    except (TypeError, ValueError):  # of a type that torch does not have, or in another byte order
+        return _leave_out(value, place, taken)
+
+
+def _take_container(value: Any, place: str, taken: _Taken) -> Any:
+    if isinstance(value, Mapping):
+        items = {key: _take(item, f"{place}[{key!r}]", taken) for key, item in value.items()}
+        if _TAG not in items and all(type(key) in (str, int) for key in items):
+            return items
+        return {_TAG: "mapping", "items": [(_take(key, place, taken), item) for key, item in items.items()]}
+    if is_dataclass(value) and not isinstance(value, type):
+        return _take_fields("dataclass", value, _attributes(value), place, taken)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return _take_fields("namedtuple", value, dict(zip(value._fields, value, strict=True)), place, taken)
+    if isinstance(value, Sequence):
+        elements = [_take(item, f"{place}[{index}]", taken) for index, item in enumerate(value)]
+        return tuple(elements) if isinstance(value, tuple) else elements
+    if isinstance(value, Set):
+        members = [_take(item, place, taken) for item in value]
+        return {_TAG: "set", "frozen": isinstance(value, frozenset), "items": members}
+    return _leave_out(value, place, taken)
+
+
+def _take_fields(what: str, value: Any, fields: Mapping[str, Any], place: str, taken: _Taken) -> dict[str, Any]:
+    items = {name: _take(item, f"{place}.{name}", taken) for name, item in fields.items()}
+    return {_TAG: what, "class": _class_path(type(value)), "fields": items}
+
+
+def _leave_out(value: Any, place: str, taken: _Taken) -> dict[str, str]:
+    taken.left_out.append(place or "all of it")
+    return {_TAG: "unsaved", "class": _class_path(type(value))}
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, and what it was given besides."""
+    fields = {name: getattr(value, name) for name in value.__dataclass_fields__ if hasattr(value, name)}
+    return {**fields, **getattr(value, "__dict__", {})}
+
+
+def _class_path(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _put_together(structure: Mapping[str, Any], allow_classes: bool) -> Any:
+    what = structure[_TAG]
+    if what == "unsaved":
+        return Unsaved(structure["class"])
+    if what == "bytes":
+        return structure["latin1"].encode("latin1")
+    if what == "array" and "dtype" in structure:
+        return np.array(structure["items"], dtype=structure["dtype"])
+    if what == "array":
+        return structure["values"].numpy()
+    if what == "mapping":
+        pairs = from_storable(structure["items"], allow_classes)
+        return dict(pairs)
+    if what == "set":
+        items = from_storable(structure["items"], allow_classes)
+        return frozenset(items) if structure["frozen"] else set(items)
+    fields = {name: from_storable(item, allow_classes) for name, item in structure["fields"].items()}
+    if what == "namedtuple":
+        return _named_tuple(structure["class"], fields, allow_classes)
+    if what == "dataclass":
+        return _dataclass(structure["class"], fields, allow_classes)
+    raise KeyError(what)
+
+
+def _named_tuple(path: str, fields: dict[str, Any], allow_classes: bool) -> Any:
+    found = _import_class(path, allow_classes)
+    fits = found is not None and issubclass(found, tuple) and getattr(found, "_fields", None) == tuple(fields)
+    kind: Any = found if fits else namedtuple(_short_name(path), list(fields))
+    return tuple.__new__(kind, fields.values())
+
+
+def _dataclass(path: str, fields: dict[str, Any], allow_classes: bool) -> Any:
+    found = _import_class(path, allow_classes)
+    fits = found is not None and is_dataclass(found)
+    kind: Any = found if fits else make_dataclass(_short_name(path), fields, eq=False)
+    value = object.__new__(kind)
+    for name, item in fields.items():
+        object.__setattr__(value, name, item)  # frozen ones too
+    return value
+
+
+def _import_class(path: str, allow_classes: bool) -> type | None:
+    """The class of that name where it may be imported and is there."""
+    module, _, name = path.partition(":")
+    if not allow_classes and module.partition(".")[0] != "torch":
+        return None
+    try:
+        found = attrgetter(name)(import_module(module))
+    except (ImportError, AttributeError):
+        return None
+    return found if isinstance(found, type) else None
+
+
+def _short_name(path: str) -> str:
+    return path.rpartition(":")[2].rpartition(".")[2]

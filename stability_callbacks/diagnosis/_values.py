@@ -1,0 +1,96 @@
+"""What is wrong with the numbers in a tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stability_callbacks.gradient_pass import local_values, tensor_norms
+
+__all__ = ["count", "describe", "is_finite", "kinds", "largest", "named_values", "numbers"]
+
+
+@torch.no_grad()
+def numbers(tensor: Tensor) -> Tensor:
+    """The numbers that this process holds, dense and of a type that has arithmetic."""
+    values = tensor.values() if tensor.is_nested else local_values(tensor)
+    return values.float() if values.dtype.itemsize == 1 and values.is_floating_point() else values
+
+
+@torch.no_grad()
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element that this process holds is NaN or infinite; true for integers and tensors without values."""
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return math.isfinite(largest(tensor))
+
+
+@torch.no_grad()
+def largest(tensor: Tensor) -> float:
+    """Largest magnitude; NaN if there is a NaN."""
+    return float(tensor_norms([numbers(tensor)], math.inf))
+
+
+@torch.no_grad()
+def describe(tensor: Tensor) -> str:
+    """Count the non-finite elements.
+
+    Example:
+        >>> describe(torch.tensor([1.0, float("nan"), float("-inf"), 0.0]))
+        '1 NaN and 1 -inf in 4 values'
+    """
+    found = [f"{number} {kind}" for kind, number in kinds(tensor).items()]
+    size = numbers(tensor).numel()
+    return f"{' and '.join(found) or 'none non-finite'} in {size} value{'' if size == 1 else 's'}"
+
+
+@torch.no_grad()
+def kinds(tensor: Tensor) -> dict[str, int]:
+    """Which kinds of non-finite values a tensor holds, and how many; of a complex one in its parts."""
+    values = numbers(tensor)
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    counts = {"NaN": count(values.isnan()), "inf": count(values.isposinf()), "-inf": count(values.isneginf())}
+    return {kind: number for kind, number in counts.items() if number}
+
+
+def count(flags: Tensor) -> int:
+    """Number of true elements."""
+    return int(flags.sum())
+
+
+def named_values(batch: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
+    """The floating-point values in a batch of any nesting, each with its place.
+
+    Example:
+        >>> nested = {"x": torch.zeros(2), "more": [torch.ones(1), 3]}
+        >>> [place for place, _ in named_values(nested)]
+        ["batch['x']", "batch['more'][0]"]
+    """
+    if isinstance(batch, float | np.floating | np.ndarray):
+        batch = torch.tensor(np.asarray(batch)) if np.asarray(batch).dtype.kind in "fc" else None
+    if isinstance(batch, Tensor):
+        if batch.is_floating_point() or batch.is_complex():
+            yield name, batch
+    else:
+        for place, value in _members(batch):
+            yield from named_values(value, name + place)
+
+
+def _members(value: Any) -> Iterable[tuple[str, Any]]:
+    """What is in a container, each with its place."""
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", member) for key, member in value.items()]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(f".{field.name}", getattr(value, field.name, None)) for field in dataclasses.fields(value)]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return [(f".{field}", member) for field, member in zip(value._fields, value, strict=True)]
+    if isinstance(value, tuple | list):
+        return [(f"[{index}]", member) for index, member in enumerate(value)]
+    return []
