@@ -1,0 +1,103 @@
+"""A trap at the outputs of modules, which spoils the next one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from stability_callbacks.faults._fault import Fault, draw
+from stability_callbacks.snapshots._memory import is_float
+
+__all__ = ["OutputTrap"]
+
+
+class OutputTrap:
+    """Spoils the output of a module that is drawn, once, by forward hooks that live until then.
+
+    A module may not be called in a step, such as the output projection in ``nn.MultiheadAttention``. So the output of
+    the first module to be called is spoiled among the one that was drawn and those that come after it in the model.
+    The output is replaced, not written to, and its gradient passes through the fault.
+
+    Args:
+        fault: The fault.
+        step: The step.
+        modules: The modules of a model with their names, as ``named_modules`` gives them.
+        on_hit: Called with the module's name when an output is spoiled.
+        armed: Whether to spoil it; else ``on_hit`` is called all the same. Default True.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> trap = OutputTrap(Fault("activation", steps=0, where="1"), 0, model.named_modules(), print)
+        >>> int(model(torch.ones(1, 2)).isnan().sum())
+        1
+        1
+        >>> int(model(torch.ones(1, 2)).isnan().sum())
+        0
+    """
+
+    def __init__(
+        self,
+        fault: Fault,
+        step: int,
+        modules: Iterable[tuple[str, nn.Module]],
+        on_hit: Callable[[str], None],
+        armed: bool = True,
+    ) -> None:
+        self._fault = fault
+        self._stream = fault.stream(step, "where")
+        self._on_hit = on_hit
+        self._armed = armed
+        candidates = _candidates(fault, modules)
+        first = draw(self._stream, range(len(candidates))) if candidates else 0
+        self._hooks = [
+            module.register_forward_hook(self._hook(name), prepend=True) for name, module in candidates[first:]
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            tensors = [leaf for leaf in tree_leaves(output) if _can_be_spoiled(leaf)]
+            if not tensors or not self._hooks:
+                return None
+            self.remove()
+            self._on_hit(name)
+            chosen = draw(self._stream, tensors)
+            spoiled = self._spoil(chosen)
+            return tree_map_only(Tensor, lambda leaf: spoiled if leaf is chosen else leaf, output)
+
+        return hook
+
+    def _spoil(self, tensor: Tensor) -> Tensor:
+        if not self._armed:
+            return tensor
+        if math.isfinite(self._fault.factor):
+            return tensor * self._fault.factor
+        hit = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
+        hit[draw(self._stream, range(tensor.numel()))] = True
+        # A sum, so that the gradient goes through that element and the fault spreads in the backward pass too.
+        return torch.where(hit.view(tensor.shape), tensor + self._fault.factor, tensor)
+
+
+def _candidates(fault: Fault, modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The modules whose output a fault may spoil: those that its pattern names, or else those that hold no others."""
+    return [
+        (name, module)
+        for name, module in modules
+        if name and fault.fits(name) and (fault.where is not None or not any(module.children()))
+    ]
+
+
+def _can_be_spoiled(leaf: Any) -> bool:
+    plain = isinstance(leaf, Tensor) and leaf.layout == torch.strided and not isinstance(leaf, DTensor)
+    return plain and is_float(leaf) and leaf.numel() > 0
