@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -9,13 +10,15 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
+from torch import Tensor
 
 from stability_callbacks._validation import check_bool, check_instance
-from stability_callbacks.initialization import Auto, InitReport, Policy
+from stability_callbacks.callbacks._training_step import loss_of
+from stability_callbacks.initialization import Auto, InitReport, Policy, SignalReport, signal_report
 
 __all__ = ["Initialization"]
 
@@ -50,15 +53,23 @@ class Initialization(Callback):
     rank 0, and needs a ``forward`` that takes the batch's first element; a loader that can be iterated only once loses
     that batch.
 
+    With ``check=True`` the initialised model is tried out on that batch, through ``training_step``: where activations
+    or gradients die or explode, a warning says in which layers, and what helps
+    (:func:`~stability_callbacks.initialization.signal_report`). Training afterwards is the same, bit for bit, as
+    without it, and what ``training_step`` logs goes nowhere. A check that fails does not stop training, but warns.
+    Modules with manual optimization, which make backward passes of their own, and sharded ones are not checked.
+
     Args:
         policy: What to write into which parameter. None (default): :class:`~stability_callbacks.initialization.Auto`.
-        verbose: Whether to print what was done to each parameter. Default True.
+        verbose: Whether to print what was done to each parameter, and the table of the check. Default True.
+        check: Whether to check how the signal goes through the initialised model. Default False.
 
     Attributes:
         report: What was done to each parameter; None while nothing was.
+        signal_report: What the check saw; None if there was none.
 
     Raises:
-        TypeError: If ``policy`` is not a policy, or ``verbose`` not a boolean. At fit start:
+        TypeError: If ``policy`` is not a policy, or ``verbose`` or ``check`` not a boolean. At fit start:
             ``MisconfigurationException`` with FSDP1 or DeepSpeed, which keep copies of the weights out of reach; and
             what the policy raises.
 
@@ -70,13 +81,17 @@ class Initialization(Callback):
     """
 
     report: InitReport | None
+    signal_report: SignalReport | None
 
-    def __init__(self, policy: Policy | None = None, verbose: bool = True) -> None:
+    def __init__(self, policy: Policy | None = None, verbose: bool = True, check: bool = False) -> None:
         allowed = "an initialisation policy such as Auto()"
         self.policy = Auto() if policy is None else check_instance("policy", policy, Policy, allowed)  # type: ignore[type-abstract]
         self.verbose = check_bool("verbose", verbose)
+        self.check = check_bool("check", check)
         self.report = None
+        self.signal_report = None
         self._model_is_new: bool | None = None
+        self._seed: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -90,6 +105,12 @@ class Initialization(Callback):
             trainer.callbacks = first  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._seed is None:
+            # For all of them before one sets up the data, which draws random numbers: a check must not change weights.
+            seed = _drawn_seed()
+            for callback in _callbacks(trainer):
+                if isinstance(callback, Initialization):
+                    callback._seed = seed
         is_new, self._model_is_new = self._model_is_new, None
         if is_new is None:
             is_new = not _is_marked(pl_module)
@@ -98,6 +119,7 @@ class Initialization(Callback):
         else:
             rank_zero_info("Initialization leaves the weights as they are: this is not their first run.")
         setattr(pl_module, _MARK, True)
+        self._seed = None
 
     def _initialize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
@@ -106,24 +128,36 @@ class Initialization(Callback):
                 " weights: use `ModelParallelStrategy` with `fully_shard`, or call `policy.apply(...)` on your layers"
                 " where they are built."
             )
-        if self.policy.needs_batch:
+        checks = self.check and _can_be_checked(pl_module)
+        if self.policy.needs_batch or checks:
             # As training itself does a moment later: what this draws must come from the state of training.
             trainer.fit_loop.setup_data()
         with isolate_rng():
             # Two of these callbacks must not draw the same numbers for different layers.
-            seed = trainer.strategy.broadcast(int(torch.randint(2**62, ()))) + self._position(trainer)
+            seed = trainer.strategy.broadcast(self._seed) + self._position(trainer)
             torch.default_generator.manual_seed(seed)
             if torch.cuda.is_available():
                 torch.cuda.manual_seed_all(seed)
             batch = _first_batch(trainer) if self.policy.needs_batch else None
             self.report = self.policy.apply(pl_module, batch)
+            self.signal_report = _check(trainer, pl_module, batch) if checks else None
         if self.verbose and trainer.is_global_zero:
-            Console().print(self.report)
+            console = Console()
+            for report in filter(None, (self.report, self.signal_report)):
+                console.print(report)
+        if self.signal_report is not None and self.signal_report.findings:
+            findings = "\n".join(f"- {finding}" for finding in self.signal_report.findings)
+            rank_zero_warn(f"The initialised model is not healthy:\n{findings}")
 
     def _position(self, trainer: pl.Trainer) -> int:
         """How many callbacks of this class stand before this one."""
         before = takewhile(lambda callback: callback is not self, _callbacks(trainer))
         return sum(isinstance(callback, Initialization) for callback in before)
+
+
+def _drawn_seed() -> int:
+    with isolate_rng():
+        return int(torch.randint(2**62, ()))
 
 
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
@@ -132,9 +166,56 @@ def _callbacks(trainer: pl.Trainer) -> list[Callback]:
 
 
 def _first_batch(trainer: pl.Trainer) -> Any:
-    """The first training batch of rank 0, on this process's device."""
-    batch = next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
-    return trainer.strategy.batch_to_device(trainer.strategy.broadcast(batch))
+    """The first training batch of rank 0, on this process's device; training then starts with loaders as new."""
+    loaders = trainer.fit_loop._combined_loader
+    if loaders is None:
+        raise MisconfigurationException(
+            "`Initialization` needs a training batch, got none: is `limit_train_batches` 0?"
+        )
+    generators = {id(each): each for each in _generators(loaders.flattened)}.values()
+    states = [(generator, generator.get_state()) for generator in generators]
+    batch, _, _ = next(iter(CombinedLoader(loaders.iterables, loaders._mode)))
+    for generator, state in states:
+        generator.set_state(state)
+    batch = trainer.precision_plugin.convert_input(trainer.strategy.broadcast(batch))
+    batch = trainer.lightning_module._on_before_batch_transfer(batch)
+    return trainer.strategy.batch_to_device(batch)
+
+
+def _generators(loaders: Iterable[Any]) -> Iterator[torch.Generator]:
+    """The generators that loaders and their samplers draw from, other than the global one."""
+    for loader in loaders:
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        for owner in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                yield generator
+
+
+def _can_be_checked(pl_module: pl.LightningModule) -> bool:
+    if not pl_module.automatic_optimization:
+        rank_zero_warn(
+            "`Initialization(check=True)` does not support manual optimization: the model was initialised but not"
+            " checked. Call `signal_report(model, batch, loss_fn)` with a loss of your own instead."
+        )
+    return pl_module.automatic_optimization
+
+
+def _check(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> SignalReport | None:
+    """Try the model out on a batch; on the first one if None is given."""
+
+    def loss_fn(model: pl.LightningModule, batch: Any) -> Tensor | None:
+        with trainer.precision_plugin.train_step_context():
+            return loss_of(model, batch, 0)
+
+    try:
+        return signal_report(pl_module, _first_batch(trainer) if batch is None else batch, loss_fn)
+    except Exception as error:  # noqa: BLE001  # a user's step may raise anything, and training will say so itself
+        rank_zero_warn(
+            "`Initialization(check=True)` could not check the model, which was initialised all the same:"
+            f" {type(error).__name__}: {error}"
+        )
+        return None
 
 
 def _is_marked(pl_module: pl.LightningModule) -> bool:

@@ -20,6 +20,8 @@ from stability_callbacks.initialization._policy import LeaveAlone, Policy
 from stability_callbacks.initialization._recurrent import Recurrent
 from stability_callbacks.initialization._report import InitReport, InitRow
 from stability_callbacks.initialization._residual import DepthScaled, ZeroResidual
+from stability_callbacks.initialization._signal import LossFunction, signal_report
+from stability_callbacks.initialization._signal_report import SignalFinding, SignalReport, SignalRow
 from stability_callbacks.initialization._slots import Role, Slot
 from stability_callbacks.initialization._wiring import Wiring
 
@@ -34,11 +36,15 @@ __all__ = [
     "InitRow",
     "Kaiming",
     "LeaveAlone",
+    "LossFunction",
     "Normal",
     "Orthogonal",
     "Policy",
     "Recurrent",
     "Role",
+    "SignalFinding",
+    "SignalReport",
+    "SignalRow",
     "Slot",
     "TruncNormal",
     "Wiring",
@@ -46,4 +52,5 @@ __all__ = [
     "ZeroResidual",
     "activation_after",
     "constant",
+    "signal_report",
 ]

@@ -19,8 +19,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from stability_callbacks.callbacks.initialization import Initialization
-from stability_callbacks.initialization import LSUV, Auto, ByPattern, InitReport, Normal, Xavier
-from tests.models import NormNet, ResumableLoader, SparseNet, TiedNet, fit, make_batches
+from stability_callbacks.initialization import LSUV, Auto, ByPattern, InitReport, Normal, Xavier, signal_report
+from tests.models import (
+    MemoryLogger,
+    NormNet,
+    ResumableLoader,
+    SparseNet,
+    TiedNet,
+    TwoOptimizers,
+    assert_same_bits,
+    fit,
+    fp16,
+    make_batches,
+    training_state,
+)
 
 
 class StartingWeights(pl.Callback):
@@ -389,6 +401,7 @@ def test_a_failed_initialisation_leaves_no_mark() -> None:
         (("xavier",), "`policy` must be an initialisation policy such as Auto.*got 'xavier' of type str"),
         ((Auto,), r"`policy` must be .*a class was passed: call it to make an instance"),
         ((Auto(), "yes"), "`verbose` must be True or False, got 'yes'"),
+        ((Auto(), True, 1), "`check` must be True or False, got 1"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: tuple[Any, ...], message: str) -> None:
@@ -412,3 +425,246 @@ def test_callback_survives_copies_and_pickles(used: Initialization, twin_of: Any
     model = NormNet()
     start(model, twin)
     assert twin.report is not None
+
+
+# ---- the check
+
+
+def checking(policy: Any = None) -> Initialization:
+    return Initialization(policy, verbose=False, check=True)
+
+
+class Eventful(NormNet):
+    """Draws random numbers, logs, counts, and keeps a metric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout()
+        self.seen = torch.zeros((), dtype=torch.long)
+        self.counts: dict[str, int] = {"steps": 0}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.net(self.dropout(x)) + random.random(), y)
+        self.seen += len(y)
+        self.counts["steps"] += 1
+        self.log("loss", loss)
+        self.log_dict({"seen": float(self.seen), "steps": float(self.counts["steps"])})
+        if self.logger is not None:
+            self.logger.log_metrics({"direct": float(loss.detach())}, step=self.trainer.global_step)
+        return {"loss": loss, "counts": self.counts}
+
+
+class Shuffled(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.randn(4) + index, index % 3  # draws from the state of training
+
+
+def loaders() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "resumable": ResumableLoader(make_batches(4)),
+        "shuffled": torch.utils.data.DataLoader(Shuffled(), batch_size=4, shuffle=True),
+        "own generator": torch.utils.data.DataLoader(Shuffled(), batch_size=4, shuffle=True, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("loader", list(loaders()))
+@pytest.mark.parametrize("policy", [None, LSUV()], ids=str)
+def test_training_after_a_check_is_the_same_to_the_last_bit(loader: str, policy: Any) -> None:
+    class Model(Eventful):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    runs = []
+    for callback in (silent(policy), checking(policy)):
+        pl.seed_everything(3, verbose=False)
+        model, logger = Model(), MemoryLogger()
+        trainer = fit(model, loaders()[loader], [callback], logger=logger, max_epochs=2)
+        runs.append((training_state(model, trainer), logger.calls, model.seen, model.counts, torch.rand(3)))
+        assert (callback.signal_report is not None) is callback.check
+    assert_same_bits(runs[0], runs[1])
+    assert runs[0][3]["steps"] == 8
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"precision": "64-true"},
+        {"plugins": fp16},
+        {"accumulate_grad_batches": 2},
+        {"fast_dev_run": True},
+        {"gradient_clip_val": 0.1},
+    ],
+    ids=str,
+)
+def test_a_check_in_other_ways_to_run(settings: dict[str, Any]) -> None:
+    runs = []
+    for callback in (silent(), checking()):
+        torch.manual_seed(3)
+        model = NormNet()
+        arguments = {name: value() if callable(value) else value for name, value in settings.items()}
+        trainer = fit(model, make_batches(4), [callback], **arguments)
+        runs.append((training_state(model, trainer), [parameter.grad for parameter in model.parameters()]))
+    assert_same_bits(runs[0], runs[1])
+    assert callback.signal_report is not None
+    assert callback.signal_report.verdict == "healthy"
+
+
+def test_a_check_changes_no_weight_of_another_callback() -> None:
+    starts = []
+    for first in (silent, checking):
+        torch.manual_seed(3)
+        body, head = first(ByPattern({r"net\.0": Normal(std=1.0)})), silent(ByPattern({r"net\.3": Normal(std=1.0)}))
+        probe = StartingWeights()
+        fit(NormNet(), torch.utils.data.DataLoader(Shuffled(), batch_size=4, shuffle=True), [body, head, probe])
+        starts.append(probe.weights)
+    assert same(*starts)
+
+
+def test_the_check_reports_on_the_first_batch_and_the_initialised_weights() -> None:
+    model, callback, probe = NormNet(), checking(), StartingWeights()
+    batches = make_batches(3)
+    fit(model, batches, [callback, probe])
+    twin = NormNet()
+    twin.load_state_dict(probe.weights)
+    expected = signal_report(twin, batches[0], lambda model, batch: model.training_step(batch, 0))
+    assert callback.signal_report == expected
+    assert [row.name for row in expected] == ["net.0", "net.1", "net.3"]
+
+
+def test_a_policy_and_a_check_share_the_batch() -> None:
+    class Counted(ResumableLoader):
+        begun = 0
+
+        def __iter__(self) -> Any:
+            type(self).begun += 1
+            return super().__iter__()
+
+    counts = []
+    for callback in (silent(), silent(LSUV()), checking(), checking(LSUV())):
+        Counted.begun = 0
+        fit(Forward(), Counted(make_batches(2)), [callback])
+        counts.append(Counted.begun)
+    assert counts == [counts[0], counts[0] + 1, counts[0] + 1, counts[0] + 1]
+
+
+def test_the_batch_is_as_training_makes_it() -> None:
+    class Prepared(NormNet):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return {"numbers": batch["labelled"], "transferred": False}
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return {**batch, "transferred": True}
+
+        def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+            assert batch["transferred"]
+            return self.loss(batch["numbers"])
+
+    callback = checking()
+    fit(Prepared(), {"labelled": ResumableLoader(make_batches(2))}, [callback])  # several loaders, by name
+    assert callback.signal_report is not None
+
+
+def test_the_step_runs_in_the_precision_of_training() -> None:
+    class Cast(NormNet):
+        def loss(self, batch: Any) -> Tensor:
+            assert torch.is_autocast_enabled("cpu")
+            return super().loss(batch)
+
+    callback = checking()
+    fit(Cast(), make_batches(2), [callback], precision="bf16-mixed")
+    assert callback.signal_report is not None
+
+
+def test_an_unhealthy_model_is_reported_in_a_warning() -> None:
+    callback = checking(Normal(std=50.0))
+    with pytest.warns(UserWarning, match="The initialised model is not healthy") as caught:
+        start(NormNet(), callback)
+    (message,) = [text for each in caught if "not healthy" in (text := str(each.message))]
+    assert callback.signal_report is not None
+    assert "exploding forward" in callback.signal_report.verdict
+    assert "- exploding forward (2 layers, net.0 to net.3): activation std" in message
+    assert "Remedy: initialise with Auto() or LSUV()" in message
+
+
+def test_no_check_unless_asked_for_and_none_on_a_resumed_run(tmp_path: Path) -> None:
+    callback = silent()
+    start(NormNet(), callback)
+    assert callback.signal_report is None
+    path = checkpoint_of(NormNet(), tmp_path, [])
+    callback = checking()
+    start(NormNet(), callback, ckpt_path=path, max_epochs=2)
+    assert callback.signal_report is None
+
+
+def test_manual_optimization_is_not_checked() -> None:
+    callback = checking()
+    with pytest.warns(UserWarning, match="does not support manual optimization: the model was initialised but not"):
+        start(TwoOptimizers(), callback)
+    assert callback.report is not None
+    assert callback.signal_report is None
+
+
+class Late(NormNet):
+    """Its training step needs what a later hook provides."""
+
+    def on_train_start(self) -> None:
+        self.weight_of_classes = torch.ones(3)
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y, self.weight_of_classes)
+
+
+def test_a_check_that_fails_does_not_stop_training() -> None:
+    callback, model = checking(), Late()
+    with pytest.warns(UserWarning, match="could not check the model.*AttributeError.*weight_of_classes"):
+        trainer = fit(model, make_batches(3), [callback])
+    assert trainer.global_step == 3
+    assert callback.report is not None
+    assert callback.signal_report is None
+    assert "log" not in vars(model)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_training_step_without_a_loss_is_not_checked() -> None:
+    class Idle(NormNet):
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            pass
+
+    callback = checking()
+    with pytest.warns(UserWarning, match="could not check the model.*`loss_fn` must return a scalar tensor.*got None"):
+        start(Idle(), callback)
+    assert callback.signal_report is None
+
+
+def test_a_later_fit_without_a_check_forgets_the_report() -> None:
+    callback = checking()
+    start(NormNet(), callback)
+    assert callback.signal_report is not None
+    with pytest.warns(UserWarning, match="could not check"):
+        start(Late(), callback)
+    assert callback.signal_report is None
+
+
+def test_both_tables_are_printed_unless_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    start(NormNet(), Initialization(check=True))
+    printed = capsys.readouterr().out
+    assert "Initialization: 6 of 6 parameters written" in printed
+    assert "Signal at initialisation: healthy" in printed
+    start(NormNet(), checking())
+    assert "Signal" not in capsys.readouterr().out
+
+
+def test_a_callback_that_has_checked_survives_a_pickle() -> None:
+    callback = checking()
+    start(NormNet(), callback)
+    twin = pickle.loads(pickle.dumps(callback))
+    assert twin.check is True
+    assert twin.signal_report == callback.signal_report
