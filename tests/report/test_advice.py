@@ -1,0 +1,123 @@
+"""What is advised for which incidents."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+import stability_callbacks.numerics
+from stability_callbacks.diagnosis import Cause
+from stability_callbacks.report import Observation, advise, cure_of
+from stability_callbacks.report._advice import _CURES, _TEXTS
+from tests.report.training import incident
+
+
+def seen(kind: str, step: int = 1, cause: Cause | None = None, **details: Any) -> Observation:
+    return Observation(incident(step, kind, **details), cause)
+
+
+@pytest.mark.parametrize(
+    ("operation", "cure"),
+    [
+        ("log", "safe_log"),
+        ("LogBackward0", "safe_log"),
+        ("sqrt_", "safe_sqrt"),
+        ("LinalgVectorNormBackward0", "safe_norm"),
+        ("linalg_vector_norm", "safe_norm"),
+        ("div", "safe_div"),
+        ("PowBackward1", "safe_pow"),
+        ("AcosBackward0", "safe_acos"),
+        ("softmax", "masked entirely"),
+        ("addmm", "overflow"),
+    ],
+)
+def test_an_operation_has_its_cure(operation: str, cure: str) -> None:
+    text = cure_of(operation)
+    assert text is not None
+    assert cure in text
+
+
+def test_an_unknown_operation_has_none_and_the_advice_says_what_to_do() -> None:
+    assert cure_of("my_kernel") is None
+    [advice] = advise([seen("nonfinite", operation="my_kernel", module="net")])
+    assert advice.changes[0].startswith("Replay the bundle")
+
+
+def test_functions_that_are_advised_exist() -> None:
+    texts = " ".join([*_TEXTS.values(), *_CURES.values()])
+    names = set(re.findall(r"stability_callbacks\.numerics\.(\w+)", texts))
+    assert names == set(stability_callbacks.numerics.__all__)
+
+
+def test_callbacks_and_policies_that_are_advised_exist() -> None:
+    from stability_callbacks import callbacks, clipping, detection, schedules
+
+    known = {name for room in (callbacks, clipping, detection, schedules) for name in room.__all__}
+    names = set(re.findall(r"`(?:[A-Za-z]+\()?([A-Z][a-zA-Z]+[a-z][A-Za-z]*)\b", " ".join(_TEXTS.values())))
+    assert names - {"MixedPrecision", "GradScaler"} <= known
+    assert "StepGuard" in names
+
+
+def test_steps_with_one_origin_are_one_piece_of_advice() -> None:
+    log = {"operation": "log", "module": "net.head", "source": "model.py:3 in forward: `y = x.log()`"}
+    observations = [
+        seen("nonfinite", 1, **log),
+        seen("nonfinite", 2, **{**log, "module": ""}),
+        seen("nonfinite", 3, **log),
+    ]
+    first, second = advise(observations)
+    assert (first.times, second.times) == (2, 1)
+    assert first.title == "`log` in module `net.head` made a value that is not finite"
+    assert second.title == "`log` in the model itself, outside of its submodules, made a value that is not finite"
+    assert "`model.py:3 in forward: y = x.log()`" in first.meaning
+    assert "safe_log" in first.changes[0]
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [
+        ("input", "broken before they reached it"),
+        ("parameter", "spoiled it"),
+        ("buffer", "Running statistics"),
+        ("loss", "It came from elsewhere"),
+        ("backward", "its gradient is not"),
+    ],
+)
+def test_the_phase_of_the_cause_decides(phase: str, words: str) -> None:
+    cause = Cause(True, phase, "net", "Linear", None, None, "")
+    [advice] = advise([seen("nonfinite", cause=cause, module="net")])
+    assert words in advice.meaning
+
+
+def test_without_its_bundle_the_phase_follows_from_the_operation() -> None:
+    [advice] = advise([seen("nonfinite", operation="SqrtBackward0", module="net")])
+    assert advice.title == "The gradient breaks in `SqrtBackward0` in module `net`"
+
+
+def test_without_its_bundle_the_phase_on_record_decides() -> None:
+    [advice] = advise([seen("nonfinite", operation="log", module="net", evidence={"phase": "buffer"})])
+    assert advice.title == "A buffer in module `net` became non-finite"
+
+
+def test_a_cause_that_did_not_come_up_again_is_unknown() -> None:
+    cause = Cause(False, None, None, None, None, None, "gave a finite loss")
+    [advice] = advise([seen("nonfinite", cause=cause)])
+    assert "not known where" in advice.title
+
+
+def test_the_gravest_comes_first_and_everyday_business_last() -> None:
+    kinds = ["loss_scale", "loss_scale", "loss_scale", "spike", "my_kind", "my_kind", "rollback", "nonfinite"]
+    advice = advise([seen(kind, step) for step, kind in enumerate(kinds)])
+    assert [each.kind for each in advice] == ["nonfinite", "rollback", "my_kind", "spike", "loss_scale"]
+    assert "from step 0 to 2" in advice[-1].meaning
+
+
+def test_no_text_has_a_gap_left() -> None:
+    kinds = [key.split()[0] if key else "else" for key in _TEXTS]
+    causes = [Cause(True, key.split()[1], "a", "A", "b", "c", "") if " " in key else None for key in _TEXTS]
+    for each in advise([seen(kind, cause=cause) for kind, cause in zip(kinds, causes, strict=True)]):
+        text = " ".join([each.title, each.meaning, *each.changes])
+        assert not re.search(r"[{}]|None|  ", text.replace("'{\"", ""))
+        assert each.changes
