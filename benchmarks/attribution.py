@@ -21,12 +21,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 
 from benchmarks._models import MODELS, Classifier, LogsGradNorm
-from stability_callbacks import stability_suite
+from stability_callbacks import FlightRecorder, Rollback, StepGuard, stability_suite
 from stability_callbacks.callbacks._lifecycle import StepLifecycle
 from stability_callbacks.callbacks._optimizer_step import OptimizerStep
 
@@ -101,18 +102,21 @@ def main() -> None:
     for owner, names in (*_OURS, *_THEIRS):
         for name in names:
             stopwatch.watch(owner, name)
-    print("added to the rest of a step: ordinary ones (quartiles), log step, with histograms; at default cadence")
+    columns = "ordinary (quartiles)   at a log, histograms, snapshot   at default cadence"
+    print(f"{'added to the rest of a step':43} {columns}")
     folder = tempfile.mkdtemp()
     for model in arguments.models:
         make_net, make_batch, kind = MODELS[model]
-        for label, module_class, callbacks, clip in (
+        arms: list[tuple[str, type[Classifier], list[Callback], float | None]] = [
             ("gradient_clip_val=1.0", Classifier, [], 1.0),
             ("grad_norm each step", LogsGradNorm, [], None),
+            ("guard, recorder, rollback", Classifier, [StepGuard(), FlightRecorder(), Rollback()], None),
             ("suite", Classifier, stability_suite(kind), None),
             ("suite + schedule", Classifier, stability_suite(kind, schedule=True), None),
-        ):
+        ]
+        for label, module_class, callbacks, clip in arms:
             torch.manual_seed(0)
-            batches = Batches(make_batch(arguments.batch_size), 2 * _LOG_EVERY + 1, stopwatch)
+            batches = Batches(make_batch(arguments.batch_size), 3 * _LOG_EVERY + 1, stopwatch)
             trainer = pl.Trainer(
                 max_epochs=1,
                 accelerator="cpu",
@@ -124,17 +128,17 @@ def main() -> None:
                 enable_model_summary=False,
             )
             trainer.fit(module_class(make_net(), fused=False), batches)
-            print(f"{model:16} {label:22} {_summary(batches.shares)}")
+            print(f"{model:16} {label:25} {_summary(batches.shares)}")
 
 
 def _summary(shares: list[float]) -> str:
-    """Ordinary steps, log steps (the first of them has histograms), and all at Lightning's default cadence."""
-    histogram, log = shares[_LOG_EVERY - 1], shares[2 * _LOG_EVERY - 1]
+    """Ordinary steps, and those that log: the first also counts histograms, the second takes a snapshot."""
+    histogram, snapshot, log = shares[_LOG_EVERY - 1 :: _LOG_EVERY]
     ordinary = [share for step, share in enumerate(shares) if step >= 5 and (step + 1) % _LOG_EVERY]
     low, median, high = statistics.quantiles(ordinary, n=4)
-    # GradientMonitor counts histograms at one log step in ten.
-    mean = median + (log - median) / _LOG_EVERY + (histogram - log) / (10 * _LOG_EVERY)
-    return f"{median:7.1%} ({low:.1%} - {high:.1%})   {log:7.1%} {histogram:7.1%}   {mean:7.1%}"
+    # By default GradientMonitor counts histograms at one log step in ten, and Rollback takes a snapshot at one in two.
+    mean = median + ((log - median) + (histogram - log) / 10 + (snapshot - log) / 2) / _LOG_EVERY
+    return f"{median:7.1%} ({low:.1%} - {high:.1%})   {log:7.1%} {histogram:7.1%} {snapshot:7.1%}   {mean:7.1%}"
 
 
 if __name__ == "__main__":

@@ -13,35 +13,47 @@ from stability_callbacks.errors import TrainingDivergedError
 
 if TYPE_CHECKING:
     from stability_callbacks.callbacks import (
+        FaultInjector,
+        FlightRecorder,
         GradientClipping,
         GradientMonitor,
         Initialization,
         LRSchedule,
+        Rollback,
         StepGuard,
         WeightPenalty,
+        newest_readable_checkpoint,
     )
     from stability_callbacks.suite import stability_suite
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FaultInjector",
+    "FlightRecorder",
     "GradientClipping",
     "GradientMonitor",
     "Initialization",
     "LRSchedule",
+    "Rollback",
     "StepGuard",
     "TrainingDivergedError",
     "WeightPenalty",
+    "newest_readable_checkpoint",
     "stability_suite",
 ]
 
 _HOME = {
+    "FaultInjector": "callbacks",
+    "FlightRecorder": "callbacks",
     "GradientClipping": "callbacks",
     "GradientMonitor": "callbacks",
     "Initialization": "callbacks",
     "LRSchedule": "callbacks",
+    "Rollback": "callbacks",
     "StepGuard": "callbacks",
     "WeightPenalty": "callbacks",
+    "newest_readable_checkpoint": "callbacks",
     "stability_suite": "suite",
 }
 

@@ -18,7 +18,17 @@ OPTIONAL = {"matplotlib"}  # the extra `plot`
 USERS = {"recipes", "configs", "benchmarks", "tests"}
 
 ROOMS = 2  # clipping, detection, schedules, ...: every module that is not named below
-STOREYS = {"_validation": 0, "gradient_pass": 1, "callbacks": 3, "suite": 4, "__main__": 5, "": 5}
+STOREYS = {
+    "_atomic": 0,
+    "_nesting": 0,
+    "_patterns": 0,
+    "_validation": 0,
+    "gradient_pass": 1,
+    "callbacks": 3,
+    "suite": 4,
+    "__main__": 5,
+    "": 5,
+}
 
 
 def module_name(path: Path) -> str:

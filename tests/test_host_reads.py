@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from stability_callbacks import GradientClipping, GradientMonitor, LRSchedule, StepGuard
+from stability_callbacks import FlightRecorder, GradientClipping, GradientMonitor, LRSchedule, Rollback, StepGuard
 from stability_callbacks.clipping import AutoClip, ClipRule, NormClip, ValueClip, ZClip
+from stability_callbacks.detection import InputRange, NonFinite, Spike
 from stability_callbacks.schedules import WarmupCosine
 from tests.models import Silent, fit, make_batches
 
@@ -61,7 +62,14 @@ def reads_per_batch(fused: bool, callbacks: list[Any], tmp_path: Any, monkeypatc
 
 
 def suite(rule: ClipRule) -> list[Any]:
-    return [LRSchedule(WarmupCosine()), GradientMonitor(), GradientClipping(rule), StepGuard()]
+    return [
+        LRSchedule(WarmupCosine()),
+        GradientMonitor(),
+        GradientClipping(rule),
+        StepGuard([NonFinite(), Spike(), InputRange(50.0)]),
+        Rollback(every_n_steps=10),
+        FlightRecorder(),
+    ]
 
 
 @pytest.mark.parametrize("rule", [NormClip(1.0), ValueClip(0.1), AutoClip(50), ZClip(warmup_steps=3)], ids=repr)
@@ -86,7 +94,7 @@ def test_other_optimizers_are_waited_for_once_a_step(tmp_path: Any, monkeypatch:
 
 def test_observers_alone_never_wait_between_log_steps(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = reads_per_batch(False, [], tmp_path, monkeypatch)
-    callbacks = [LRSchedule(WarmupCosine()), GradientMonitor(), GradientClipping(NormClip(1.0))]
+    callbacks = [LRSchedule(WarmupCosine()), GradientMonitor(), GradientClipping(NormClip(1.0)), FlightRecorder()]
     ours = reads_per_batch(False, callbacks, tmp_path, monkeypatch)
     extra = [count - base for count, base in zip(ours, bare, strict=True)]
     assert [count for step, count in enumerate(extra) if (step + 1) % 10] == [0] * 28

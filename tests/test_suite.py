@@ -7,20 +7,32 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
 
 from stability_callbacks import (
+    FlightRecorder,
     GradientClipping,
     GradientMonitor,
     Initialization,
     LRSchedule,
+    Rollback,
     StepGuard,
     stability_suite,
 )
-from stability_callbacks.clipping import NormClip
+from stability_callbacks.clipping import AGC, NormClip
 from stability_callbacks.detection import NonFinite
 from stability_callbacks.initialization import Auto
 from stability_callbacks.schedules import WarmupCosine
-from tests.models import MemoryLogger, NormNet, assert_same_bits, fit, make_batches, poison, training_state
+from tests.models import (
+    MemoryLogger,
+    NormNet,
+    TinyModel,
+    assert_same_bits,
+    fit,
+    make_batches,
+    poison,
+    training_state,
+)
 
 KINDS = ("mlp", "cnn", "rnn", "transformer")
 
@@ -33,12 +45,52 @@ def only(callbacks: list[Callback], kind: type[Any]) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_by_default_it_protects_and_no_more(kind: str) -> None:
     callbacks = stability_suite(kind)
-    assert {type(callback) for callback in callbacks} == {GradientMonitor, GradientClipping, StepGuard}
-    [rule] = only(callbacks, GradientClipping).rules
+    assert {type(callback) for callback in callbacks} == {
+        GradientMonitor,
+        GradientClipping,
+        StepGuard,
+        Rollback,
+        FlightRecorder,
+    }
+    *unit_wise, rule = only(callbacks, GradientClipping).rules
     assert isinstance(rule, NormClip)
     assert rule.max_norm == 1.0
+    assert len(unit_wise) == (1 if kind == "cnn" else 0)
     [detector] = only(callbacks, StepGuard).detectors
     assert isinstance(detector, NonFinite)
+
+
+class ConvNet(TinyModel):
+    """Ends in its classifier; the optimizer notes the gradients that reach it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4))
+        self.classifier = nn.Linear(4, 3)
+
+    def loss(self, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(self.classifier(self.body(batch[0].unsqueeze(1))), batch[1])
+
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        super().optimizer_step(*arguments, **keywords)
+        self.gradients = {name: parameter.grad.clone() for name, parameter in self.named_parameters()}
+
+
+def test_a_cnn_is_clipped_unit_by_unit_except_in_its_classifier() -> None:
+    """The reference is AGC with the classifier's name."""
+    gradients = []
+    for rule in (None, [AGC(exclude=["^classifier"]), NormClip(1.0)], NormClip(1.0)):
+        torch.manual_seed(0)
+        model = ConvNet()
+        callbacks = stability_suite("cnn") if rule is None else [GradientClipping(rule)]
+        fit(model, make_batches(1), callbacks)
+        gradients.append(model.gradients)
+    ours, named, plain = gradients
+    assert_same_bits(ours, named)
+    assert not torch.equal(ours["body.4.weight"], plain["body.4.weight"])
+    [unit_wise, _] = only(stability_suite("cnn"), GradientClipping).rules
+    assert isinstance(unit_wise, AGC)
+    assert unit_wise.clip == 0.01
 
 
 @pytest.mark.parametrize(
@@ -46,12 +98,12 @@ def test_by_default_it_protects_and_no_more(kind: str) -> None:
 )
 def test_schedule_and_initialisation_when_asked(kind: str, warmup: float) -> None:
     callbacks = stability_suite(kind, initialize=True, schedule=True)
-    assert len(callbacks) == 5
+    assert len(callbacks) == 7
     schedule = only(callbacks, LRSchedule).schedule
     assert isinstance(schedule, WarmupCosine)
     assert schedule.warmup == warmup
     assert isinstance(only(callbacks, Initialization).policy, Auto)
-    assert len(stability_suite(kind, schedule=True)) == len(stability_suite(kind, initialize=True)) == 4
+    assert len(stability_suite(kind, schedule=True)) == len(stability_suite(kind, initialize=True)) == 6
 
 
 def test_each_call_makes_new_callbacks() -> None:
@@ -63,7 +115,8 @@ def test_each_call_makes_new_callbacks() -> None:
 def test_without_being_asked_it_leaves_weights_and_rates_alone(kind: str) -> None:
     batches = make_batches(5)
     states = []
-    for callbacks in ([GradientClipping(NormClip(1.0))], stability_suite(kind)):
+    rules = only(stability_suite(kind), GradientClipping).rules
+    for callbacks in ([GradientClipping(rules)], stability_suite(kind)):
         torch.manual_seed(0)
         model = NormNet()
         states.append(training_state(model, fit(model, batches, callbacks)))

@@ -27,10 +27,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from stability_callbacks import (
+    FlightRecorder,
     GradientClipping,
     GradientMonitor,
     Initialization,
     LRSchedule,
+    Rollback,
     StepGuard,
     stability_suite,
 )
@@ -289,7 +291,7 @@ def test_early_stopping_and_checkpoints(tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=3)
     trainer = fit([*callbacks, stop, save], max_epochs=5, enable_checkpointing=True)
     assert trainer.current_epoch == 2
-    assert {path.stem for path in tmp_path.iterdir()} == {f"step={n}" for n in (3, 6, 9, 12, 15)}
+    assert {path.stem for path in tmp_path.glob("*.ckpt")} == {f"step={n}" for n in (3, 6, 9, 12, 15)}
     state = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
     assert state["optimizer_states"][0]["param_groups"][0]["lr"] == 0.05
     assert state["callbacks"][guard_of(callbacks).state_key]["skipped_steps"] == 1
@@ -379,13 +381,18 @@ def test_a_second_fit_with_the_same_trainer_goes_on() -> None:
     trainer.fit_loop.max_epochs = 2
     trainer.fit(model, loader_of(BATCHES), DataLoader(make_batches(2, seed=1), batch_size=None))
     for one, other in zip(whole, parts, strict=True):
-        assert_same_bits(one.state_dict(), other.state_dict())
+        # The one remembers losses, and the second fit's optimizer begins anew; the other, names of new directories.
+        if not isinstance(one, Rollback | FlightRecorder):
+            assert_same_bits(one.state_dict(), other.state_dict())
     assert list(logger.values("stability/skipped_steps")) == list(range(16))
 
 
 def test_a_second_fit_with_a_new_trainer_starts_anew() -> None:
-    callbacks, model = suite(), EvaluatedNet()
-    fit(callbacks, model)
-    states = [copy.deepcopy(callback.state_dict()) for callback in callbacks]
-    fit(callbacks, model)
-    assert_same_bits([callback.state_dict() for callback in callbacks], states)
+    callbacks = suite()
+    torch.manual_seed(0)
+    fit(callbacks, EvaluatedNet())
+    stateful = [callback for callback in callbacks if not isinstance(callback, FlightRecorder)]
+    states = [copy.deepcopy(callback.state_dict()) for callback in stateful]
+    torch.manual_seed(0)
+    fit(callbacks, EvaluatedNet())
+    assert_same_bits([callback.state_dict() for callback in stateful], states)

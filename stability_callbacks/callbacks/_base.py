@@ -12,7 +12,11 @@ from torch import Tensor
 from stability_callbacks.callbacks._lifecycle import StepLifecycle
 
 if TYPE_CHECKING:
-    from stability_callbacks.callbacks._optimizer_step import OptimizerStep, StepRecord
+    from torch.distributed.checkpoint.stateful import Stateful
+
+    from stability_callbacks.callbacks._optimizer_step import OptimizerStep
+    from stability_callbacks.callbacks._step_record import PendingRecord, StepRecord
+    from stability_callbacks.diagnosis import Incident
 
 __all__ = ["StabilityCallback"]
 
@@ -32,15 +36,35 @@ class StabilityCallback(Callback):
     def prepare(self, lifecycle: StepLifecycle) -> None:
         """Check the configuration and read what is known at train start."""
 
+    def begin_training(self, lifecycle: StepLifecycle) -> None:
+        """Start work that needs all callbacks prepared."""
+
+    def tamper(self, batch: Any, batch_idx: int) -> None:
+        """Rehearse a fault: change a micro-batch or the state of training before anyone looks at them."""
+
+    def look_at(self, batch: Any, batch_idx: int, first: bool) -> None:
+        """Look at a micro-batch before its forward pass; ``first`` says that a new window begins with it."""
+
+    def tamper_with_loss(self, loss: Tensor) -> None:
+        """Rehearse a fault: change a micro-batch's loss in place before anyone looks at it."""
+
     def norm_types(self) -> Sequence[float]:
         """The norms that must be measured before anyone changes a gradient."""
         return ()
+
+    def compares_losses(self) -> bool:
+        """Whether it remembers losses, so that all processes must show it the same ones."""
+        return False
 
     def observe(self, step: OptimizerStep) -> None:
         """Look at the raw gradients."""
 
     def vote(self, step: OptimizerStep) -> Sequence[tuple[str, Tensor]]:
         """Vote against the step: the kind of incident and a 0-dim boolean for each detector."""
+        return ()
+
+    def watch(self, step: OptimizerStep) -> Sequence[tuple[str, Tensor]]:
+        """Flag the step without voting against it: a name and a 0-dim boolean, the same on all ranks in the record."""
         return ()
 
     def clip(self, step: OptimizerStep) -> None:
@@ -62,8 +86,28 @@ class StabilityCallback(Callback):
     def on_step_attempted(self, step: OptimizerStep) -> None:
         """Count the step, whether it was applied or skipped."""
 
+    def note(self, step: OptimizerStep, record: PendingRecord) -> None:
+        """Keep a finished step's numbers, which still lie on the device."""
+
     def account(self, record: StepRecord) -> None:
         """Take note of a finished step, in order; up to one log interval late."""
+
+    def wants_accounts(self, lifecycle: StepLifecycle) -> bool:
+        """Whether all steps must be accounted for at the end of this batch, even if the host has to wait for it."""
+        return False
+
+    def after_batch(self, lifecycle: StepLifecycle) -> None:
+        """Act on the state of training, once a batch with a step is over and accounted for as far as the host knows."""
+
+    def finish_training(self, lifecycle: StepLifecycle) -> None:
+        """Training has ended, or an exception ended it: do what was put off."""
+
+    def statistics(self) -> Sequence[Stateful]:
+        """What was learnt from gradients and losses, and must go back when training goes back to a snapshot."""
+        return ()
+
+    def on_incident(self, incident: Incident) -> None:
+        """Take note of an intervention."""
 
     def divergence(self) -> str | None:
         """Why training must stop, if it must."""
@@ -100,7 +144,7 @@ class StabilityCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if lifecycle := self._driven():
-            lifecycle.begin_batch(batch_idx)
+            lifecycle.begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if lifecycle := self._driven():
@@ -131,6 +175,7 @@ class StabilityCallback(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if lifecycle := self._driven():
             lifecycle.close()
+            lifecycle.open_gate()
         self._lifecycle = None
 
     def _driven(self) -> StepLifecycle | None:
@@ -138,10 +183,18 @@ class StabilityCallback(Callback):
         lifecycle = self._lifecycle
         return lifecycle if lifecycle is not None and lifecycle.is_driven_by(self) else None
 
-    def _catch_up(self) -> None:
-        """Bring counters up to date with steps whose verdict may still lie on the device."""
-        if self._lifecycle is not None:
+    def _catch_up(self, everywhere: bool = True) -> None:
+        """Bring counters up to date with steps whose verdict may still lie on the device.
+
+        Args:
+            everywhere: Whether all processes do so now.
+        """
+        if self._lifecycle is None:
+            return
+        if everywhere:
             self._lifecycle.settle()
+        else:
+            self._lifecycle.catch_up()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -17,15 +18,22 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import LBFGS, Optimizer
 
+from stability_callbacks.callbacks._checkpoint_gate import CheckpointGate
 from stability_callbacks.callbacks._optimizer_step import OptimizerStep, optimizer_labels, several_closures
-from stability_callbacks.callbacks._scalar_log import PendingRecord, ScalarLog
+from stability_callbacks.callbacks._scalar_log import ScalarLog
+from stability_callbacks.callbacks._training_state import averaged_models
+from stability_callbacks.diagnosis import Incident
 from stability_callbacks.errors import TrainingDivergedError
-from stability_callbacks.snapshots import BufferBackup
+from stability_callbacks.snapshots import BufferBackup, SnapshotRing
 
 if TYPE_CHECKING:
     from stability_callbacks.callbacks._base import StabilityCallback
+    from stability_callbacks.callbacks._checkpoint_ring import CheckpointRing
+    from stability_callbacks.callbacks._step_record import PendingRecord, StepRecord
 
 __all__ = ["StepLifecycle"]
+
+T = TypeVar("T")
 
 # Step records wait on the device for the next log step, or until there are this many.
 _MOST_PENDING_RECORDS = 4096
@@ -47,9 +55,10 @@ class StepLifecycle:
     Attributes:
         trainer: The trainer.
         callbacks: Our callbacks, in canonical order.
-        distributed: Whether a verdict must be agreed on between processes.
+        distributed: Whether there are other processes, which do the same at the same time.
         steps: The current step of each optimizer.
         buffers: The backup of the model's buffers, if a callback asked for one.
+        batch_idx: The index of the current batch.
     """
 
     def __init__(self, trainer: pl.Trainer, callbacks: list[StabilityCallback]) -> None:
@@ -60,14 +69,17 @@ class StepLifecycle:
         self.buffers: BufferBackup | None = None
         self._driver = callbacks[0]
         self._log = ScalarLog(trainer, self.callbacks)
+        self._gate: CheckpointGate | None = None
+        self._state: SnapshotRing | None = None
+        self._refused_at: int | None = None
         self._module: pl.LightningModule | None = None
         self._loss: Tensor | None = None
-        self._batch_idx = 0
+        self.batch_idx = 0
         self._in_batch = False
         self._window_open = False
         self._stepped = False
         self._steps_seen = False
-        self._skip_known = False
+        self._flag_known = False
         self._waited = False
         self._warned_of_bypass = False
         self._released = False
@@ -93,11 +105,14 @@ class StepLifecycle:
     @property
     def named_parameters(self) -> list[tuple[str, Tensor]]:
         """The model's parameters, tied ones once, named without the segments that wrappers add."""
+        self.reshard()
+        return [(_plain_name(name), parameter) for name, parameter in self.module.named_parameters()]
+
+    @property
+    def module(self) -> pl.LightningModule:
+        """The model, from train start on."""
         assert self._module is not None
-        for module in self._module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # after a validation, its parameters are not those that the optimizer knows
-        return [(_plain_name(name), parameter) for name, parameter in self._module.named_parameters()]
+        return self._module
 
     @property
     def x(self) -> int:
@@ -126,9 +141,82 @@ class StepLifecycle:
 
     def protect_buffers(self) -> None:
         """Ask that the model's buffers be backed up before each step and restored if it is skipped."""
-        assert self._module is not None
         if self.buffers is None:
-            self.buffers = BufferBackup(self._module)
+            self.buffers = BufferBackup(self.module)
+
+    def reshard(self) -> None:
+        """Give FSDP2 modules the parameters that the optimizer knows, which they have not after a validation."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @contextmanager
+    def base_rates(self) -> Iterator[None]:
+        """While it lasts, ``group["lr"]`` is the base rate; then the one of the next step again."""
+        for step in self.steps.values():
+            step.rates.restore()
+        yield
+        self._show_rates()
+
+    def guard_checkpoints(self) -> None:
+        """Ask that ``ModelCheckpoint`` write no state that is not finite."""
+        self._gate = self._gate or CheckpointGate(self.trainer, self._refuses_checkpoint)
+
+    def state_was_replaced(self) -> None:
+        """The state of training has gone back to a snapshot: forget what was taken from the state before."""
+        self._window_open = False
+        self._show_rates()
+
+    def least(self, number: int) -> int:
+        """The least of the processes' numbers."""
+        if not self.distributed:
+            return number
+        least = torch.tensor(number, device=self.trainer.strategy.root_device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        return int(least)
+
+    def gather(self, told: T) -> list[T]:
+        """What each process tells, by rank."""
+        if not self.distributed:
+            return [told]
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, told)
+        return gathered
+
+    def find_nonfinite(self, state: SnapshotRing | CheckpointRing) -> Nonfinite | None:
+        """What is not finite in the state of training, as the first process tells it that has something so."""
+        self.reshard()
+        names = _flagged_names(*state.nonfinite())
+        if not self.trainer.strategy.reduce_boolean_decision(bool(names), all=False):
+            return None
+        told = self.gather(names)
+        rank = next((rank for rank, each in enumerate(told) if each), 0)
+        return Nonfinite(tuple(told[rank]), rank, everywhere=all(each == told[rank] for each in told))
+
+    def report_step(self, record: StepRecord, action: str, evidence: dict[str, float | str]) -> None:
+        """Tell every callback that a step was not applied; besides the evidence, whether it was found here."""
+        seen = {
+            "loss": record.loss,
+            "grad_norm": record.norm,
+            "votes": ", ".join(record.votes),
+            "found_here": float(record.found_here),
+            **evidence,
+        }
+        if self.distributed:
+            seen["own_loss"] = record.own_loss
+        where = record.global_step, record.epoch, record.batch_idx, self.trainer.global_rank
+        self.report(Incident(*where, kind=record.kind, evidence=seen, action=action, optimizer=record.optimizer))
+
+    def incident(self, kind: str, evidence: dict[str, float | str], action: str, rank: int = 0) -> Incident:
+        """An incident that concerns training as a whole, here and now."""
+        trainer = self.trainer
+        where = trainer.global_step, trainer.current_epoch, self.batch_idx, rank
+        return Incident(*where, kind=kind, evidence=evidence, action=action)
+
+    def report(self, incident: Incident) -> None:
+        """Tell every callback of an intervention."""
+        for callback in self.callbacks:
+            callback.on_incident(incident)
 
     def buffers_restorable_on_device(self) -> bool:
         """Whether a skip that only the device knows of could be undone in the buffers too."""
@@ -151,29 +239,39 @@ class StepLifecycle:
             )
         for callback in self.callbacks:
             callback.prepare(self)
-        for step in self.steps.values():
-            if self.shows_rates(step):
-                step.scale_rates()
+        if self._gate is not None:
+            self.reshard()
+            self._state = SnapshotRing(module, list(self.steps), averaged=averaged_models(self.trainer))
+        for callback in self.callbacks:
+            callback.begin_training(self)
+        self._show_rates()
 
-    def begin_batch(self, batch_idx: int) -> None:
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """A batch starts: at a window's first micro-batch the buffers are backed up."""
         for step in self.steps.values():
             step.abandon()
-        self._batch_idx = batch_idx
+        self.batch_idx = batch_idx
         self._in_batch = True
-        self._stepped = self._skip_known = self._waited = False
+        self._stepped = self._flag_known = self._waited = False
         if self._module is not None and not self._module.automatic_optimization:
             window_begins = self._loss is None  # nothing was backpropagated since the last step
         else:
             # Lightning zeroes the gradients by the same rule, also where an epoch ends inside a window.
             window_begins = batch_idx % self.trainer.accumulate_grad_batches == 0
+        for callback in self.callbacks:
+            callback.tamper(batch, batch_idx)
         if batch_idx == 0 and self.buffers is not None:
             self.buffers.refresh()
-        if window_begins or not self._window_open:
+        window_begins = window_begins or not self._window_open
+        if window_begins:
             self._open_window()
+        for callback in self.callbacks:
+            callback.look_at(batch, batch_idx, window_begins)
 
     def note_loss(self, loss: Tensor) -> None:
         """Add a micro-batch's loss to that of the step."""
+        for callback in self.callbacks:
+            callback.tamper_with_loss(loss)
         loss = loss.detach()
         self._loss = loss if self._loss is None else self._loss + loss
 
@@ -185,7 +283,7 @@ class StepLifecycle:
                 step.finish_if_over()
             loss, self._loss = self._loss, None
             self._stepped = self._steps_seen = True
-            self.steps[wrapped].measure(loss, self._batch_idx)
+            self.steps[wrapped].measure(loss, self.batch_idx)
 
     def note_wait(self, device: torch.device) -> None:
         """The host has just waited for the device, so whatever was sent before has arrived."""
@@ -208,16 +306,19 @@ class StepLifecycle:
         if self._module is not None and not self._module.automatic_optimization:
             self._open_window()  # the next optimizer's step may begin in this very batch
 
-    def record(self, step: OptimizerStep, kinds: tuple[str, ...], values: Tensor) -> None:
-        """Keep a finished step's numbers on the device until they are read."""
-        self._skip_known = self._skip_known or bool(step.skipped)
-        epoch = self.trainer.current_epoch
-        self._log.add(PendingRecord(step.label, step.global_step, epoch, step.batch_idx, kinds, values))
+    def record(self, record: PendingRecord, flagged: bool) -> None:
+        """Keep a finished step's numbers on the device until they are read; soon if the host knows of a flag."""
+        self._flag_known = self._flag_known or flagged
+        self._log.add(record)
 
     def end_batch(self) -> None:
         """Log what is due, account for what is known, and stop a run that has diverged."""
         if self._in_batch:
             self._close_batch()
+        if self._stepped:
+            self._stepped = False
+            for callback in self.callbacks:
+                callback.after_batch(self)
         self._raise_if_diverged()
 
     def end_epoch(self) -> None:
@@ -227,8 +328,16 @@ class StepLifecycle:
         if self.steps and not self._steps_seen and not self._warned_of_bypass:
             self._warn_of_bypass("no step of an optimizer was seen in a whole epoch")
 
+    def catch_up(self) -> None:
+        """Account for what can be known, for somebody who looks at a counter: maybe in one of several processes only.
+
+        What they decide from the steps they know of they must decide at the same time, so there it has to wait.
+        """
+        if self._released or not self.distributed:
+            self.settle()
+
     def settle(self) -> None:
-        """Account for every finished step, waiting for the device if need be."""
+        """Account for every finished step, waiting for the device if need be; to be called on every process."""
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
         assert isinstance(progress, _ProcessedTracker)
         if self._in_batch and progress.processed == progress.ready:
@@ -241,14 +350,16 @@ class StepLifecycle:
     def close(self) -> None:
         """Training has ended: account for all steps and let go of the optimizers."""
         self.settle()
-        self.release()
+        self._finish()
 
     def interrupt(self, exception: BaseException) -> None:
         """An exception ends training: account for the steps before, and let go of the optimizers."""
         # After an error of the device another read would fail too, and hide it.
         if isinstance(exception, TrainingDivergedError) or not isinstance(exception, RuntimeError):
             self.settle()
-        self.release()
+        if not isinstance(exception, TrainingDivergedError):
+            self.distributed = False  # others may know nothing of it, and would be waited for in vain
+        self._finish()
 
     def release(self) -> None:
         """Put the learning rates back and let go of the optimizers."""
@@ -257,6 +368,12 @@ class StepLifecycle:
         self.steps.clear()
         self.buffers = None
         self._released = True
+
+    def open_gate(self) -> None:
+        """Let ``ModelCheckpoint`` write whatever it likes."""
+        if self._gate is not None:
+            self._gate.remove()
+        self._state = None
 
     def note_unseen_step(self, optimizer: Optimizer) -> None:
         """An optimizer steps although Lightning's hooks did not announce it."""
@@ -268,6 +385,26 @@ class StepLifecycle:
 
     # ---- private
 
+    def _finish(self) -> None:
+        if self._module is not None and not self._released:
+            for callback in self.callbacks:
+                callback.finish_training(self)
+        self.release()
+
+    def _refuses_checkpoint(self) -> bool:
+        if self._state is None:
+            return False
+        found = self.find_nonfinite(self._state)
+        if found is None:
+            return False
+        step = self.trainer.global_step
+        if step != self._refused_at:  # there may be several files to one state
+            self._refused_at = step
+            rank_zero_warn(f"No checkpoint was written at step {step}: {found} is not finite.")
+            evidence: dict[str, float | str] = {"nonfinite": ", ".join(found.names)}
+            self.report(self.incident("checkpoint_refused", evidence, "no checkpoint was written", found.rank))
+        return True
+
     def _close_batch(self) -> None:
         self._in_batch = False
         for step in self.steps.values():
@@ -275,10 +412,17 @@ class StepLifecycle:
         if not self._stepped:
             return
         due = [callback for callback in self.callbacks if callback.logs_now(self)]
-        if due or self._skip_known or len(self._log) >= _MOST_PENDING_RECORDS:
+        wanted = self._flag_known or any(callback.wants_accounts(self) for callback in self.callbacks)
+        if due or wanted or len(self._log) >= _MOST_PENDING_RECORDS:
             self._log.send(due, self.x)
-            if self._skip_known or not self._waited:
+            if wanted or not self._waited:
                 self._log.deliver()
+
+    def _show_rates(self) -> None:
+        """Write the rates of the next step where that is allowed."""
+        for step in self.steps.values():
+            if self.shows_rates(step):
+                step.scale_rates()
 
     def _open_window(self) -> None:
         self._window_open = True
@@ -314,6 +458,31 @@ class StepLifecycle:
                 f"The stability callbacks do not work with {type(strategy).__name__}, which keeps gradients and "
                 "optimizer steps to itself. Use DDPStrategy or ModelParallelStrategy."
             )
+
+
+class Nonfinite(NamedTuple):
+    """What is not finite in the state of training.
+
+    Attributes:
+        names: Names of tensors.
+        rank: The process that has them.
+        everywhere: Whether all processes have them.
+    """
+
+    names: tuple[str, ...]
+    rank: int
+    everywhere: bool
+
+    def __str__(self) -> str:
+        if not self.names:
+            return "the state of another process"
+        more = f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
+        return f"{self.names[0]}{more}{'' if self.everywhere else f' on rank {self.rank}'}"
+
+
+def _flagged_names(names: Sequence[str], flags: Tensor) -> list[str]:
+    """The names whose flag is set; waits for the device."""
+    return [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
 
 
 def _plain_name(name: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from stability_callbacks.callbacks._learning_rates import LearningRates
+from stability_callbacks.callbacks._step_record import PendingRecord
 from stability_callbacks.clipping import ClipResult
 from stability_callbacks.gradient_pass import (
     GradientNorms,
@@ -24,38 +26,7 @@ from stability_callbacks.gradient_pass import (
 if TYPE_CHECKING:
     from stability_callbacks.callbacks._lifecycle import StepLifecycle
 
-__all__ = ["OptimizerStep", "StepRecord"]
-
-
-class StepRecord(NamedTuple):
-    """What is kept of a finished step.
-
-    Attributes:
-        optimizer: The optimizer's label.
-        global_step: ``trainer.global_step`` when the step was attempted.
-        epoch: The epoch.
-        batch_idx: The batch that completed the step.
-        loss: Mean loss over the step's micro-batches; NaN where it was not seen.
-        norm: Raw total gradient norm.
-        clipped_norm: Total norm after clipping.
-        coefficient: What clipping multiplied the total norm by.
-        votes: The kinds of incident that were voted.
-    """
-
-    optimizer: str
-    global_step: int
-    epoch: int
-    batch_idx: int
-    loss: float
-    norm: float
-    clipped_norm: float
-    coefficient: float
-    votes: tuple[str, ...]
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the update was not applied."""
-        return bool(self.votes)
+__all__ = ["OptimizerStep"]
 
 
 class OptimizerStep:
@@ -71,7 +42,8 @@ class OptimizerStep:
         suffix: What metric names end in where there are several optimizers, else empty.
         parameters: Its trainable parameters with their names in the model.
         gradients: The gradients of the current step; None between steps.
-        loss: The loss of the current step, 0-dim, unscaled; None where it was not seen.
+        loss: The loss of the current step, 0-dim, unscaled; None where it was not seen. If a callback compares losses,
+            the mean over all processes.
         loss_scale: The loss scale of the current step, 0-dim; None if there is no scaler.
         skip: The verdict on the device, 0-dim; None if nobody votes.
         skipped: The verdict where the host knows it, else None.
@@ -98,6 +70,10 @@ class OptimizerStep:
         self._depth = 0
         self._owns_found_inf = False
         self._votes: list[tuple[str, Tensor]] = []
+        self._watches: list[tuple[str, Tensor]] = []
+        self._own_loss: Tensor | None = None
+        self._found_here: Tensor | None = None
+        self._flagged = False
         self._named: tuple[tuple[int, ...], NamedParameters] = ((), NamedParameters())
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -153,6 +129,9 @@ class OptimizerStep:
         self.global_step, self.batch_idx = trainer.global_step, batch_idx
         scale = _loss_scale(trainer.precision_plugin, trainer.strategy.root_device)
         self.loss = loss if loss is None or scale is None else loss / scale
+        self._own_loss = self.loss
+        if self.lifecycle.distributed and any(callback.compares_losses() for callback in self.lifecycle.callbacks):
+            self.loss = self._mean_loss(self.loss)
         self.loss_scale = scale
         carries_scale = scale is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False)
         self.gradients = GradientPass(
@@ -166,20 +145,34 @@ class OptimizerStep:
         for callback in callbacks:
             callback.observe(self)
         self._votes = [vote for callback in callbacks for vote in callback.vote(self)]
-        if self._votes:
+        self._watches = [watch for callback in callbacks for watch in callback.watch(self)]
+        if self._votes or self._watches:
             self._decide()
 
+    def _mean_loss(self, loss: Tensor | None) -> Tensor:
+        """The mean of all processes' losses, NaN where one of them has none."""
+        device = self.lifecycle.trainer.strategy.root_device
+        mean = torch.full((), math.nan, device=device) if loss is None else loss.to(device, torch.float32, copy=True)
+        torch.distributed.all_reduce(mean)
+        return mean / self.lifecycle.trainer.world_size
+
     def _decide(self) -> None:
-        flags = torch.stack([vote for _, vote in self._votes])
+        flags = torch.stack([flag for _, flag in (*self._votes, *self._watches)])
         if self.lifecycle.distributed:
+            self._found_here = flags[: len(self._votes)].any()
             reduced = flags.to(torch.int32)
             torch.distributed.all_reduce(reduced, torch.distributed.ReduceOp.MAX)
             flags = reduced.bool()
-            self._votes = [(kind, flag) for (kind, _), flag in zip(self._votes, flags, strict=True)]
-        self.skip = flags.any()
+        votes = len(self._votes)
+        self._votes = [(kind, flag) for (kind, _), flag in zip(self._votes, flags[:votes], strict=True)]
+        self._watches = [(kind, flag) for (kind, _), flag in zip(self._watches, flags[votes:], strict=True)]
+        if not votes:
+            return
+        self.skip = flags[:votes].any()
         if not _obeys_found_inf(self.optimizer) or not self.lifecycle.buffers_restorable_on_device():
-            self.skipped = bool(self.skip)  # the one agreed read
-            self.lifecycle.note_wait(self.skip.device)
+            known = flags.tolist()  # the one agreed read
+            self.skipped, self._flagged = any(known[:votes]), any(known)
+            self.lifecycle.note_wait(flags.device)
             if self.skipped:
                 self.lifecycle.restore_buffers()
 
@@ -235,7 +228,10 @@ class OptimizerStep:
                 callback.after_update(self)
         lifecycle.close_window(self)
         if self.gradients:
-            lifecycle.record(self, tuple(kind for kind, _ in self._votes), self._numbers(self.gradients))
+            record = self._pending_record(self.gradients)
+            for callback in lifecycle.callbacks:
+                callback.note(self, record)
+            lifecycle.record(record, self._flagged)
         for callback in lifecycle.callbacks:
             callback.on_step_attempted(self)
         if lifecycle.shows_rates(self):
@@ -296,16 +292,29 @@ class OptimizerStep:
 
     def _forget(self) -> None:
         self.gradients = self.loss = self.loss_scale = self.skip = self.skipped = self.clip_result = None
-        self._votes = []
-        self._measured = self._acted = False
+        self._votes, self._watches, self._own_loss, self._found_here = [], [], None, None
+        self._flagged = self._measured = self._acted = False
 
-    def _numbers(self, gradients: GradientPass) -> Tensor:
-        """The step's record as one small tensor, see ``PendingRecord``."""
+    def _pending_record(self, gradients: GradientPass) -> PendingRecord:
         norm = gradients.norms().total
         clip = self.clip_result or ClipResult(norm, norm, torch.ones_like(norm))
-        loss = torch.full_like(norm, float("nan")) if self.loss is None else self.loss
-        numbers = [loss, norm, clip.clipped_norm, clip.coefficient, *(vote for _, vote in self._votes)]
-        return torch.stack([number.to(norm.device, torch.float32) for number in numbers])
+        unknown = torch.full_like(norm, float("nan"))
+        loss = unknown if self.loss is None else self.loss
+        scale = unknown if self.loss_scale is None else self.loss_scale
+        own_loss = unknown if self._own_loss is None else self._own_loss
+        # What is found is found here where there is one process.
+        found_here = next((each for each in (self._found_here, self.skip) if each is not None), unknown)
+        flags = [flag for _, flag in (*self._votes, *self._watches)]
+        numbers = [loss, norm, clip.clipped_norm, clip.coefficient, *flags, scale, own_loss, found_here]
+        return PendingRecord(
+            self.label,
+            self.global_step,
+            self.lifecycle.trainer.current_epoch,
+            self.batch_idx,
+            vote_kinds=tuple(kind for kind, _ in self._votes),
+            watch_kinds=tuple(kind for kind, _ in self._watches),
+            values=torch.stack([number.to(norm.device, torch.float32) for number in numbers]),
+        )
 
     def _name_parameters(self) -> NamedParameters:
         names = {id(parameter): name for name, parameter in self.lifecycle.named_parameters}

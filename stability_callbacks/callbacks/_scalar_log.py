@@ -12,35 +12,12 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from stability_callbacks.callbacks._optimizer_step import StepRecord
+from stability_callbacks.callbacks._step_record import PendingRecord
 
 if TYPE_CHECKING:
     from stability_callbacks.callbacks._base import StabilityCallback
 
-__all__ = ["PendingRecord", "ScalarLog"]
-
-
-class PendingRecord(NamedTuple):
-    """A step record whose numbers (loss, norm, clipped norm, coefficient, votes) still lie on the device."""
-
-    optimizer: str
-    global_step: int
-    epoch: int
-    batch_idx: int
-    kinds: tuple[str, ...]
-    values: Tensor
-
-    def complete(self, values: Sequence[float]) -> StepRecord:
-        """The record with its numbers."""
-        loss, norm, clipped_norm, coefficient, *votes = values
-        return StepRecord(
-            *self[:4],
-            loss=loss,
-            norm=norm,
-            clipped_norm=clipped_norm,
-            coefficient=coefficient,
-            votes=tuple(dict.fromkeys(kind for kind, vote in zip(self.kinds, votes, strict=True) if vote)),
-        )
+__all__ = ["ScalarLog"]
 
 
 class HostCopy:

@@ -134,6 +134,7 @@ class Initialization(Callback):
             trainer.fit_loop.setup_data()
         with isolate_rng():
             # Two of these callbacks must not draw the same numbers for different layers.
+            assert self._seed is not None
             seed = trainer.strategy.broadcast(self._seed) + self._position(trainer)
             torch.default_generator.manual_seed(seed)
             if torch.cuda.is_available():

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from itertools import chain
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from stability_callbacks._validation import check_bool, check_instance, check_integer, check_number
 from stability_callbacks.callbacks._base import StabilityCallback
 from stability_callbacks.callbacks._lifecycle import StepLifecycle
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep, StepRecord
-from stability_callbacks.detection import Detector, NonFinite, StepEvidence
+from stability_callbacks.callbacks._optimizer_step import OptimizerStep
+from stability_callbacks.callbacks._step_record import StepRecord
+from stability_callbacks.detection import Detector, NonFinite, StepEvidence, input_magnitude
 
 __all__ = ["StepGuard"]
 
@@ -34,12 +37,15 @@ class StepGuard(StabilityCallback):
     ``trainer.global_step`` and schedules, so that these end where they should. Under gradient accumulation the whole
     window of micro-batches is dropped. All ranks skip together.
 
+    While it is active, ``ModelCheckpoint`` writes no state that is not finite: it keeps the checkpoints that it has.
+
     Training stops with :class:`~stability_callbacks.TrainingDivergedError` after too many skips in a row, or too large
     a share of the recent steps. With torch's fused optimizers the host does not wait for verdicts: the steps are
     skipped on the device, and counts and that error come up to one log interval later.
 
     Args:
-        detectors: What makes a step bad, a non-empty sequence. Default: ``[NonFinite()]``.
+        detectors: What makes a step bad, a non-empty sequence. Default: ``[NonFinite()]``. Each optimizer has its own
+            copies of detectors that remember something, such as :class:`~stability_callbacks.detection.Spike`.
         max_consecutive_skips: Training stops after this many skips in a row, >= 1. Default 50.
         max_skipped_share: Training stops when more than this share of the last ``share_window`` steps was skipped, in
             ``(0, 1]``. Default 0.5.
@@ -67,6 +73,10 @@ class StepGuard(StabilityCallback):
     _consecutive_skips: int
     _recent: deque[bool]
     _diverged: str | None
+    _detectors_of_optimizer: list[list[Detector]]
+    _input_magnitude: Tensor | None
+    _warned_of_inputs: bool
+    _evidence: StepEvidence | None
     _suspects: _Suspects | None
     _found: dict[str, _Suspects]
     _loss_scale: Tensor | None
@@ -92,7 +102,7 @@ class StepGuard(StabilityCallback):
     @property
     def skipped_steps(self) -> int:
         """Number of steps skipped so far."""
-        self._catch_up()
+        self._catch_up(everywhere=False)
         return self._skipped_steps
 
     @property
@@ -105,15 +115,17 @@ class StepGuard(StabilityCallback):
             "skipped_steps": self._skipped_steps,
             "consecutive_skips": self._consecutive_skips,
             "recent": list(self._recent),
-            "detectors": [detector.state_dict() for detector in self.detectors],
+            "detectors": [[detector.state_dict() for detector in own] for own in self._detectors_of_optimizer],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._skipped_steps = state_dict["skipped_steps"]
         self._consecutive_skips = state_dict["consecutive_skips"]
         self._recent = deque(state_dict["recent"], maxlen=self.share_window)
-        for detector, state in zip(self.detectors, state_dict["detectors"], strict=True):
-            detector.load_state_dict(state)
+        self._detectors_of_optimizer = [deepcopy(self.detectors) for _ in state_dict["detectors"]]
+        for own, states in zip(self._detectors_of_optimizer, state_dict["detectors"], strict=True):
+            for detector, state in zip(own, states, strict=True):
+                detector.load_state_dict(state)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -126,6 +138,27 @@ class StepGuard(StabilityCallback):
     def prepare(self, lifecycle: StepLifecycle) -> None:
         if self.protect_buffers:
             lifecycle.protect_buffers()
+        lifecycle.guard_checkpoints()
+        missing = len(lifecycle.steps) - len(self._detectors_of_optimizer)
+        self._detectors_of_optimizer += [deepcopy(self.detectors) for _ in range(missing)]
+
+    def statistics(self) -> list[Detector]:
+        return list(chain.from_iterable(self._detectors_of_optimizer))
+
+    def compares_losses(self) -> bool:
+        return any(detector.compares_losses for detector in self.detectors)
+
+    def look_at(self, batch: Any, batch_idx: int, first: bool) -> None:
+        if not any(detector.needs_inputs for detector in self.detectors):
+            return
+        before, now = None if first else self._input_magnitude, input_magnitude(batch)
+        if now is None and not self._warned_of_inputs:
+            self._warned_of_inputs = True
+            rank_zero_warn(
+                f"No floating-point tensor was found in a batch of type {type(batch).__name__}, so its range can't be "
+                "checked. Batches may be tensors in tuples, lists, dicts, named tuples and dataclasses."
+            )
+        self._input_magnitude = now if before is None or now is None else torch.maximum(before, now)
 
     def observe(self, step: OptimizerStep) -> None:
         if self.logs_now(step.lifecycle):
@@ -136,27 +169,32 @@ class StepGuard(StabilityCallback):
         norms = step.gradients.norms()
         buffers = step.lifecycle.buffers
         spoiled_names, spoiled = buffers.spoiled() if buffers is not None else ((), None)
-        evidence = StepEvidence(loss=step.loss, gradients=norms, spoiled_buffers=spoiled)
-        votes = [(detector.kind, detector(evidence)) for detector in self.detectors]
+        evidence = StepEvidence(step.loss, norms, spoiled, self._input_magnitude)
+        votes = [(detector.kind, detector(evidence)) for detector in self._detectors_of_optimizer[step.index]]
         flags = [
             ~torch.isfinite(norms.per_tensor),
             *([] if spoiled is None else [spoiled.to(norms.total.device)]),
-            torch.stack([flag for _, flag in votes]).any().reshape(1),
         ]
-        self._suspects = _Suspects((*norms.names, *spoiled_names), len(norms.names), torch.cat(flags))
+        names = (*norms.names, *spoiled_names)
+        self._suspects = _Suspects(names, len(norms.names), torch.cat(flags), self._input_magnitude)
+        self._evidence = evidence
         return votes
 
     def on_step_attempted(self, step: OptimizerStep) -> None:
-        if step.skip is None or self._suspects is None:
+        if step.skip is None or self._suspects is None or self._evidence is None:
             return
+        accepted = ~step.skip
+        for detector in self._detectors_of_optimizer[step.index]:
+            detector.learn(self._evidence, accepted)
         if step.skipped:
             self._found[step.label] = self._suspects
         elif step.skipped is None:
             known = self._found.get(step.label)
             if known is None or known.names != self._suspects.names:
                 known = self._suspects._replace(flags=torch.zeros_like(self._suspects.flags))
-            self._found[step.label] = known._replace(flags=torch.where(step.skip, self._suspects.flags, known.flags))
-        self._suspects = None
+            flags = torch.where(step.skip, self._suspects.flags, known.flags)
+            self._found[step.label] = known._replace(flags=flags, of_last_skip_only=True)
+        self._suspects = self._evidence = None
 
     def account(self, record: StepRecord) -> None:
         self._recent.append(record.skipped)
@@ -167,6 +205,9 @@ class StepGuard(StabilityCallback):
         self._consecutive_skips += 1
         if self._skipped_steps <= _ANNOUNCED_SKIPS or str(self._skipped_steps).strip("0") == "1":
             self._announce(record)
+        if self._lifecycle is not None:
+            found = self._found.get(record.optimizer)
+            self._lifecycle.report_step(record, "skipped", {} if found is None else found.evidence())
         if self._diverged is None:
             self._diverged = self._judge(record)
 
@@ -200,8 +241,9 @@ class StepGuard(StabilityCallback):
     def _describe(self, record: StepRecord) -> str:
         where = f"step {record.global_step} (epoch {record.epoch}, batch {record.batch_idx}, {record.optimizer})"
         seen = f"{' and '.join(record.votes)}: loss {record.loss:g}, gradient norm {record.norm:g}"
+        elsewhere = "" if record.found_here else "; found by another process"
         found = self._found.get(record.optimizer)
-        return f"{where}, {seen}{'' if found is None else found.describe()}"
+        return f"{where}, {seen}{elsewhere}{'' if found is None else found.describe()}"
 
     @rank_zero_only
     def _announce(self, record: StepRecord) -> None:
@@ -211,8 +253,10 @@ class StepGuard(StabilityCallback):
         self._skipped_steps = 0
         self._consecutive_skips = 0
         self._recent = deque(maxlen=self.share_window)
+        self._detectors_of_optimizer = []
         self._found = {}
-        self._diverged = self._suspects = self._loss_scale = None
+        self._warned_of_inputs = False
+        self._diverged = self._suspects = self._evidence = self._input_magnitude = self._loss_scale = None
 
 
 class _Suspects(NamedTuple):
@@ -221,22 +265,40 @@ class _Suspects(NamedTuple):
     Attributes:
         names: Names of parameters, then of buffers.
         parameters: How many of the names are parameters.
-        flags: Boolean, one for each name, and last whether this process voted against the step.
+        flags: Boolean, one for each name.
+        input_magnitude: The largest absolute input, where a detector asked for it.
+        of_last_skip_only: Whether they may belong to a later skip, because the host learnt of several at once.
     """
 
     names: tuple[str, ...]
     parameters: int
     flags: Tensor
+    input_magnitude: Tensor | None = None
+    of_last_skip_only: bool = False
+
+    def read(self) -> tuple[list[str], list[str]]:
+        """The names of bad gradients and of bad buffers."""
+        names = [name if flag else None for name, flag in zip(self.names, self.flags.tolist(), strict=True)]
+        gradients, buffers = names[: self.parameters], names[self.parameters :]
+        return [name for name in gradients if name], [name for name in buffers if name]
+
+    def evidence(self) -> dict[str, float | str]:
+        """The same for the record."""
+        if self.of_last_skip_only:
+            return {}
+        gradients, buffers = self.read()
+        evidence: dict[str, float | str] = {}
+        if gradients:
+            evidence["nonfinite_gradients"] = f"{len(gradients)} of {self.parameters}, first {gradients[0]}"
+        if buffers:
+            evidence["nonfinite_buffers"] = ", ".join(buffers)
+        if self.input_magnitude is not None:
+            evidence["input_magnitude"] = float(self.input_magnitude)
+        return evidence
 
     def describe(self) -> str:
-        *bad, voted = self.flags.tolist()
-        gradients = [
-            name for name, flag in zip(self.names[: self.parameters], bad[: self.parameters], strict=True) if flag
-        ]
-        buffers = [
-            name for name, flag in zip(self.names[self.parameters :], bad[self.parameters :], strict=True) if flag
-        ]
-        text = "" if voted else "; found by another process"
+        gradients, buffers = self.read()
+        text = ""
         if gradients:
             text += f"; non-finite gradients in {len(gradients)} of {self.parameters} parameters, first {gradients[0]}"
         if buffers:

@@ -315,7 +315,7 @@ def test_state_survives_a_round_trip_and_can_be_saved_as_plain_data(tmp_path: An
         "skipped_steps": 3,
         "consecutive_skips": 0,
         "recent": [False, False, True, True, False],
-        "detectors": [{}, {"seen": 7}],
+        "detectors": [[{}, {"seen": 7}]],
     }
     other = StepGuard([NonFinite(), Large(1e9)], share_window=5)
     other.load_state_dict(state)

@@ -1,0 +1,345 @@
+"""The callback that takes training back to the last good state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import psutil
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from rich import filesize
+from torch import Tensor
+
+from stability_callbacks._validation import check_choice, check_integer, check_number, check_path
+from stability_callbacks.callbacks._base import StabilityCallback
+from stability_callbacks.callbacks._checkpoint_ring import CheckpointError, CheckpointRing, write_checkpoint
+from stability_callbacks.callbacks._lifecycle import StepLifecycle
+from stability_callbacks.callbacks._optimizer_step import OptimizerStep
+from stability_callbacks.callbacks._step_record import StepRecord
+from stability_callbacks.callbacks._training_state import averaged_models, loss_scaler
+from stability_callbacks.detection import StepEvidence, SustainedRise
+from stability_callbacks.snapshots import SnapshotRing
+
+__all__ = ["Rollback"]
+
+_log = logging.getLogger(__name__)
+
+# Share of the free host memory that snapshots may take where no budget is given.
+_SHARE_OF_FREE_MEMORY = 0.25
+
+
+class Rollback(StabilityCallback):
+    r"""Takes training back to the last good state when it has gone bad for more than a step.
+
+    A :class:`~stability_callbacks.StepGuard` keeps single bad steps out; this is for what skipping can't heal: weights,
+    buffers or optimizer state that are not finite, a loss that has risen and stays up, step after step skipped. It
+    keeps a ring of snapshots (parameters, buffers, optimizer state, loss scaler, averaged models such as an EMA, and
+    what clip rules and detectors have learnt), each taken only when everything is finite and no step of the last
+    ``patience`` ones was bad.
+
+    When called for, the newest snapshot is restored bit for bit. The clock is not rewound: schedulers, steps and data
+    go on, so that the offending stretch of data is not met again. The learning rate is multiplied and recovers:
+
+    .. math:: s_t = s_0 + (1 - s_0) \min\Big(1, \frac{t}{\text{lr\_recovery\_steps}}\Big), \qquad
+              s_0 = \text{lr\_factor} \cdot s_{\text{before}}
+
+    A relapse before a new snapshot was taken goes one snapshot further back. After ``max_rollbacks`` of them without
+    ``lr_recovery_steps`` steps in peace, the last good state is saved as a checkpoint and training stops.
+
+    Args:
+        every_n_steps: A snapshot is due every so many optimizer steps, >= 1. Default 100.
+        keep: Number of snapshots, >= 1. Default 2.
+        patience: Number of bad steps in a row that call for a rollback, >= 1. Default 5.
+        lr_factor: What the learning rate is multiplied by, in ``(0, 1]``. Default 0.5.
+        lr_recovery_steps: Number of steps until the learning rate is back, >= 0. Default 500.
+        max_rollbacks: Number of rollbacks in a row before training stops, >= 0. Default 3.
+        storage: ``"memory"`` (default): copies in host memory, pinned if the model is on a GPU; ``"disk"``: Lightning
+            checkpoints that ``Trainer.fit(ckpt_path=...)`` takes.
+        dirpath: Where checkpoints are written. Default: ``rollback`` in the logger's directory, or in the trainer's
+            ``default_root_dir``.
+        max_memory: Bytes of host memory that the snapshots of one process may take. Default: a quarter of the free
+            memory, divided by the processes of the machine. What does not fit is not kept: fewer snapshots, or disk.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of its range.
+        TrainingDivergedError: During training, see above; it names the checkpoint.
+
+    Example:
+        >>> from stability_callbacks import Rollback, StepGuard
+        >>> callbacks = [StepGuard(), Rollback(every_n_steps=100, patience=5)]
+        >>> callbacks[1].rollbacks
+        0
+
+    Metrics:
+        ``stability/rollbacks``: number of rollbacks so far; ``stability/lr_scale``: the factor of the learning rate.
+    """
+
+    _rollbacks: int
+    _rollbacks_in_row: int
+    _scale_at_rollback: float
+    _steps_since: list[int] | None
+    _bad_in_row: dict[str, int]
+    _steps_in_peace: int
+    _rises: list[SustainedRise]
+    _rising: set[str]
+    _evidence: dict[str, StepEvidence]
+    _snapshot_due: bool
+    _relapse: bool
+    _suspect_state: bool
+    _found_by: int
+    _diverged: str | None
+    _ring: SnapshotRing | CheckpointRing | None
+    _dirpath: Path | None
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        keep: int = 2,
+        patience: int = 5,
+        lr_factor: float = 0.5,
+        lr_recovery_steps: int = 500,
+        max_rollbacks: int = 3,
+        storage: str = "memory",
+        dirpath: str | Path | None = None,
+        max_memory: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.every_n_steps = check_integer("every_n_steps", every_n_steps, at_least=1)
+        self.keep = check_integer("keep", keep, at_least=1)
+        self.patience = check_integer("patience", patience, at_least=1)
+        self.lr_factor = check_number("lr_factor", lr_factor, above=0, at_most=1)
+        self.lr_recovery_steps = check_integer("lr_recovery_steps", lr_recovery_steps, at_least=0)
+        self.max_rollbacks = check_integer("max_rollbacks", max_rollbacks, at_least=0)
+        self.storage = check_choice("storage", storage, ("memory", "disk"))
+        self.dirpath = check_path("dirpath", dirpath)
+        self.max_memory = None if max_memory is None else check_integer("max_memory", max_memory, at_least=0)
+        self._ring = None
+        self._reset()
+
+    @property
+    def rollbacks(self) -> int:
+        """Number of rollbacks so far."""
+        self._catch_up(everywhere=False)
+        return self._rollbacks
+
+    def state_dict(self) -> dict[str, Any]:
+        self._catch_up()
+        return {
+            "rollbacks": self._rollbacks,
+            "rollbacks_in_row": self._rollbacks_in_row,
+            "scale_at_rollback": self._scale_at_rollback,
+            "steps_since": None if self._steps_since is None else list(self._steps_since),
+            "bad_in_row": dict(self._bad_in_row),
+            "steps_in_peace": self._steps_in_peace,
+            "rises": [rise.state_dict() for rise in self._rises],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rollbacks = state_dict["rollbacks"]
+        self._rollbacks_in_row = state_dict["rollbacks_in_row"]
+        self._scale_at_rollback = state_dict["scale_at_rollback"]
+        self._steps_since = state_dict["steps_since"]
+        self._bad_in_row = dict(state_dict["bad_in_row"])
+        self._steps_in_peace = state_dict["steps_in_peace"]
+        self._rises = [SustainedRise(self.patience) for _ in state_dict["rises"]]
+        for rise, state in zip(self._rises, state_dict["rises"], strict=True):
+            rise.load_state_dict(state)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self._diverged = None
+        self._evidence = {}
+        if trainer.global_step == 0:
+            self._reset()
+
+    def prepare(self, lifecycle: StepLifecycle) -> None:
+        missing = len(lifecycle.steps) - len(self._rises)
+        self._rises += [SustainedRise(self.patience) for _ in range(missing)]
+        trainer = lifecycle.trainer
+        self._dirpath = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "rollback"
+
+    def begin_training(self, lifecycle: StepLifecycle) -> None:
+        self._ring = self._make_ring(lifecycle)
+        self._ring.take(lifecycle.trainer.global_step)
+
+    def statistics(self) -> list[SustainedRise]:
+        return list(self._rises)
+
+    # ---- what happens in a step
+
+    def compares_losses(self) -> bool:
+        return True
+
+    def watch(self, step: OptimizerStep) -> list[tuple[str, Tensor]]:
+        assert step.gradients is not None
+        rise = self._rises[step.index]
+        evidence = self._evidence[step.label] = StepEvidence(step.loss, step.gradients.norms())
+        return [(rise.kind, rise(evidence))]
+
+    def rate_multipliers(self, step: OptimizerStep) -> Sequence[float] | None:
+        if self._steps_since is None:
+            return None
+        return [self._scale(self._steps_since[step.index])] * len(step.optimizer.param_groups)
+
+    def on_step_attempted(self, step: OptimizerStep) -> None:
+        if self._steps_since is not None:
+            self._steps_since[step.index] += 1
+        evidence = self._evidence.pop(step.label, None)
+        if evidence is not None:
+            norm = evidence.gradients.total
+            accepted = torch.ones_like(norm, dtype=torch.bool) if step.skip is None else ~step.skip
+            self._rises[step.index].learn(evidence, accepted)
+
+    def account(self, record: StepRecord) -> None:
+        rising = SustainedRise.kind in record.watches
+        (self._rising.add if rising else self._rising.discard)(record.optimizer)
+        # A loss scaler's overflows are its search for the right scale.
+        bad = record.skipped and record.kind != "loss_scale"
+        if bad:
+            self._bad_in_row[record.optimizer] = self._bad_in_row.get(record.optimizer, 0) + 1
+            self._suspect_state = True
+        elif not record.skipped:
+            self._bad_in_row[record.optimizer] = 0
+        self._steps_in_peace = 0 if bad or rising else self._steps_in_peace + 1
+
+    def wants_accounts(self, lifecycle: StepLifecycle) -> bool:
+        return self._snapshot_due or lifecycle.is_logging_step(self.every_n_steps)
+
+    def after_batch(self, lifecycle: StepLifecycle) -> None:
+        self._snapshot_due = self._snapshot_due or lifecycle.is_logging_step(self.every_n_steps)
+        if reason := self._reason(lifecycle):
+            self._roll_back(lifecycle, reason)
+        elif self._snapshot_due and self._steps_in_peace >= self.patience:
+            assert self._ring is not None
+            lifecycle.reshard()
+            self._ring.take(lifecycle.trainer.global_step)
+            self._snapshot_due = self._relapse = False
+        if self._steps_since is not None and min(self._steps_since) >= max(self.lr_recovery_steps, self.every_n_steps):
+            self._rollbacks_in_row = 0
+
+    def divergence(self) -> str | None:
+        return self._diverged
+
+    def host_scalars(self) -> Mapping[str, float]:
+        scale = 1.0 if self._steps_since is None else self._scale(max(self._steps_since))
+        return {"stability/rollbacks": float(self._rollbacks), "stability/lr_scale": scale}
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._ring = None
+
+    # ---- private
+
+    def _reason(self, lifecycle: StepLifecycle) -> str | None:
+        """Why training must go back, if it must; the same on every rank."""
+        self._found_by = 0
+        if self._suspect_state or self._snapshot_due:
+            self._suspect_state = False
+            assert self._ring is not None
+            if found := lifecycle.find_nonfinite(self._ring):
+                self._found_by = found.rank
+                return f"not finite: {found}"
+        if max(self._bad_in_row.values(), default=0) >= self.patience:
+            return f"{self.patience} steps in a row were skipped"
+        if self._rising:
+            return f"the loss stayed far above its recent values for {self.patience} steps"
+        return None
+
+    def _roll_back(self, lifecycle: StepLifecycle, reason: str) -> None:
+        assert self._ring is not None
+        if self._relapse and len(self._ring.steps) > 1:
+            self._ring.drop_newest()
+        lifecycle.reshard()
+        with lifecycle.base_rates():
+            step = self._ring.restore()
+        if self._rollbacks_in_row >= self.max_rollbacks:
+            self._give_up(lifecycle, reason, step)
+            return
+        self._rollbacks += 1
+        self._rollbacks_in_row += 1
+        before = 1.0 if self._steps_since is None else self._scale(min(self._steps_since))
+        self._scale_at_rollback = before * self.lr_factor
+        self._steps_since = [0] * len(lifecycle.steps)
+        self._bad_in_row, self._steps_in_peace, self._relapse = {}, 0, True
+        self._rising.clear()
+        lifecycle.state_was_replaced()
+        action = f"restored the state of step {step}, learning rate times {self._scale_at_rollback:g}"
+        self._announce(lifecycle, reason, action)
+        evidence: dict[str, float | str] = {"reason": reason, "restored_step": step}
+        evidence["lr_scale"] = self._scale_at_rollback
+        lifecycle.report(lifecycle.incident("rollback", evidence, action, self._found_by))
+
+    def _give_up(self, lifecycle: StepLifecycle, reason: str, step: int) -> None:
+        assert self._dirpath is not None
+        path = self._dirpath / f"last-good-step={step}.ckpt"
+        try:
+            write_checkpoint(lifecycle.trainer, path)
+            where = f"is in {path}; go on from it with Trainer.fit(ckpt_path=...) and a"
+        except CheckpointError as error:
+            where = f"could not be written to {path} ({error}). Start again from an older checkpoint with a"
+        self._diverged = (
+            f"Training has diverged: {reason}, after {self._rollbacks_in_row} rollbacks in a row (max_rollbacks). "
+            f"The last good state, of step {step}, {where} lower learning rate, harder clipping or other data."
+        )
+
+    def _scale(self, steps: int) -> float:
+        """The factor of the learning rate, some steps after the last rollback."""
+        if steps >= self.lr_recovery_steps:
+            return 1.0
+        return self._scale_at_rollback + (1 - self._scale_at_rollback) * steps / self.lr_recovery_steps
+
+    def _make_ring(self, lifecycle: StepLifecycle) -> SnapshotRing | CheckpointRing:
+        trainer = lifecycle.trainer
+        assert self._dirpath is not None
+        learnt = list(chain.from_iterable(callback.statistics() for callback in lifecycle.callbacks))
+        lifecycle.reshard()
+        ring = SnapshotRing(
+            lifecycle.module,
+            list(lifecycle.steps),
+            keep=self.keep,
+            scaler=loss_scaler(trainer),
+            averaged=averaged_models(trainer),
+            stateful=learnt,
+        )
+        on_disk = CheckpointRing(trainer, ring, learnt, self._dirpath, self.keep)
+        if self.storage == "disk":
+            return on_disk
+        needed, budget = ring.estimated_bytes(), self._budget(trainer)
+        fitting = lifecycle.least(min(self.keep, budget // max(needed, 1)))
+        size = f"a snapshot takes {filesize.decimal(needed)} of host memory"
+        if fitting == self.keep:
+            rank_zero_info(f"Rollback keeps {self.keep} snapshots: {size}.")
+            return ring
+        too_much = f"{size}, and {self.keep} of them exceed the {filesize.decimal(budget)} that they may take"
+        if fitting >= 1:
+            rank_zero_warn(f"Rollback keeps {fitting} of {self.keep} snapshots: {too_much} (max_memory).")
+            ring.resize(fitting)
+            return ring
+        rank_zero_warn(f"Rollback writes its snapshots to {self._dirpath}: {too_much} (max_memory).")
+        return on_disk
+
+    def _budget(self, trainer: pl.Trainer) -> int:
+        if self.max_memory is not None:
+            return self.max_memory
+        return int(_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available / max(trainer.num_devices, 1))
+
+    @rank_zero_only
+    def _announce(self, lifecycle: StepLifecycle, reason: str, action: str) -> None:
+        where = f"step {lifecycle.trainer.global_step} (epoch {lifecycle.trainer.current_epoch})"
+        _log.warning("Rollback %d at %s: %s; %s.", self._rollbacks, where, reason, action)
+
+    def _reset(self) -> None:
+        self._rollbacks = self._rollbacks_in_row = self._steps_in_peace = 0
+        self._scale_at_rollback = 1.0
+        self._steps_since = self._diverged = self._dirpath = None
+        self._found_by = 0
+        self._bad_in_row, self._rises, self._rising, self._evidence = {}, [], set(), {}
+        self._snapshot_due = self._relapse = self._suspect_state = False
