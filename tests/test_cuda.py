@@ -11,8 +11,18 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from stability_callbacks import GradientClipping, GradientMonitor, LRSchedule, StepGuard, TrainingDivergedError
+from stability_callbacks import (
+    FlightRecorder,
+    GradientClipping,
+    GradientMonitor,
+    LRSchedule,
+    Rollback,
+    StepGuard,
+    TrainingDivergedError,
+)
 from stability_callbacks.clipping import NormClip, ValueClip
+from stability_callbacks.detection import InputRange, NonFinite, Spike
+from stability_callbacks.diagnosis import read_incidents
 from stability_callbacks.schedules import WarmupCosine
 from tests.models import NormNet, ResumableLoader, Silent, assert_same_bits, fit, make_batches, poison, training_state
 
@@ -120,13 +130,46 @@ def suite() -> list[Any]:
     return [LRSchedule(WarmupCosine()), GradientMonitor(), GradientClipping(NormClip(1.0)), StepGuard()]
 
 
+def recovery(directory: Any) -> list[Any]:
+    detectors = [NonFinite(), Spike(), InputRange(50.0)]
+    return [*suite()[:3], StepGuard(detectors), Rollback(every_n_steps=10), FlightRecorder(directory)]
+
+
 def test_fused_optimizers_never_wait_between_log_steps(tmp_path: Any) -> None:
     bare = waits_per_step(True, [], tmp_path)
-    ours = waits_per_step(True, suite(), tmp_path)
-    extra = [count - base for count, base in zip(ours, bare, strict=True)]
-    between = [count for step, count in enumerate(extra) if (step + 1) % 10 and step > 0]
-    assert between == [0] * len(between), extra
-    assert max(extra) <= 1, extra
+    for callbacks, at_logs in ((suite(), 1), (recovery(tmp_path), None)):
+        ours = waits_per_step(True, callbacks, tmp_path)
+        extra = [count - base for count, base in zip(ours, bare, strict=True)]
+        between = [count for step, count in enumerate(extra) if (step + 1) % 10 and step > 0]
+        assert between == [0] * len(between), extra
+        assert at_logs is None or max(extra) <= at_logs, extra
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_rollback_goes_on_as_if_nothing_had_been(optimizer: str, precision: str) -> None:
+    class Ruin(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 6:
+                with torch.no_grad():
+                    pl_module.net[0].weight[0, 0] = float("nan")
+
+    good = make_batches(8)
+    met = [*good[:6], good[0], *good[4:]]  # the state of step 4 is restored, so batches 4 and 5 are met again
+    rollback = Rollback(every_n_steps=4, patience=2, lr_factor=1.0)
+    scaled = {"precision": precision, "log_every_n_steps": 1}
+    healed, _ = run(optimizer, met, [StepGuard(), rollback, Ruin()], **scaled)
+    clean, _ = run(optimizer, good, [StepGuard()], **scaled)
+    assert rollback.rollbacks == 1
+    assert_same_bits(healed, clean)
+
+
+def test_the_cause_of_a_bad_step_is_found_on_the_device(tmp_path: Any) -> None:
+    batches = make_batches(5)
+    batches[2] = poison(batches[2])
+    run("adamw-fused", batches, [StepGuard(), FlightRecorder(tmp_path)], log_every_n_steps=1)
+    [incident] = read_incidents(tmp_path / "incidents.jsonl")
+    assert (incident.step, incident.evidence["phase"]) == (2, "input")
 
 
 def test_other_optimizers_wait_at_most_once_a_step(tmp_path: Any) -> None:

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import psutil
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich import filesize
 from torch import Tensor
 
@@ -68,6 +69,7 @@ class Rollback(StabilityCallback):
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of its range.
+        MisconfigurationException: At train start, if a trained weight is NaN already.
         TrainingDivergedError: During training, see above; it names the checkpoint.
 
     Example:
@@ -168,6 +170,11 @@ class Rollback(StabilityCallback):
 
     def begin_training(self, lifecycle: StepLifecycle) -> None:
         self._ring = self._make_ring(lifecycle)
+        if nonfinite := lifecycle.find_nonfinite(self._ring):
+            raise MisconfigurationException(
+                f"There is nothing good to go back to: {nonfinite.names[0]} is not finite before training has begun. "
+                "Start from other weights or, on a resume, from an older checkpoint."
+            )
         self._ring.take(lifecycle.trainer.global_step)
 
     def statistics(self) -> list[SustainedRise]:

@@ -216,7 +216,8 @@ class SnapshotRing:
         """Whether all floating-point tensors that a snapshot would hold now are finite.
 
         A parameter or buffer that was not when the ring was made, such as a mask of minus infinities, is meant so and
-        does not count; one that a module got later does not if it was not finite at the first look at it.
+        does not count; one that a module got later does not if it was not finite at the first look at it. A parameter
+        that is trained and holds a NaN always counts.
 
         Returns:
             0-dim boolean on the device; of sharded tensors about all shards, at the price of collectives.
@@ -233,11 +234,11 @@ class SnapshotRing:
         floats = [each for each in self._tensors() if _is_measurable(each.tensor)]
         new = [each for each in floats if each.of_module and each.name not in self._looked_at]
         if new:  # the only time that the host waits for the device
-            flags = _not_finite(new).tolist()
+            norms = _maximum_norms(new).tolist()
             self._looked_at.update(each.name for each in new)
-            self._constants.update(each.name for each, flag in zip(new, flags, strict=True) if flag)
+            self._constants.update(each.name for each, norm in zip(new, norms, strict=True) if _is_meant(each, norm))
         floats = [each for each in floats if each.name not in self._constants]
-        return tuple(each.name for each in floats), _not_finite(floats)
+        return tuple(each.name for each in floats), ~torch.isfinite(_maximum_norms(floats))
 
     # ---- private
 
@@ -310,6 +311,11 @@ def _is_measurable(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor)
 
 
-def _not_finite(tensors: Sequence[_Named]) -> Tensor:
-    # The maximum norm is finite exactly where all elements are.
-    return ~torch.isfinite(tensor_norms([each.tensor for each in tensors], math.inf))
+def _maximum_norms(tensors: Sequence[_Named]) -> Tensor:
+    # They are finite exactly where all elements are.
+    return tensor_norms([each.tensor for each in tensors], math.inf)
+
+
+def _is_meant(each: _Named, norm: float) -> bool:
+    """Whether a tensor that is not finite at the first look is meant so; a NaN among trained weights never is."""
+    return not math.isfinite(norm) and not (math.isnan(norm) and each.tensor.requires_grad)

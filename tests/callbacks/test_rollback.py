@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, NAdam, Optimizer, RMSprop, lr_scheduler
 
@@ -533,6 +534,21 @@ def test_resume_is_exact_while_the_rate_recovers(interrupted_after: int, tmp_pat
     path = saved.best_model_path
     trainer = fit(resumed, ResumableLoader(batches), callbacks(again), ckpt_path=path, enable_checkpointing=True)
     assert_same_bits(training_state(resumed, trainer), training_state(whole, expected))
+
+
+def test_weights_that_are_nan_from_the_start_are_refused() -> None:
+    model = seeded(NormNet)
+    with torch.no_grad():
+        model.net[3].weight[0] = NAN
+    with pytest.raises(MisconfigurationException, match=r"nothing good to go back to: net\.3\.weight"):
+        fit(model, make_batches(3), [StepGuard(), rollback()])
+
+
+def test_buffers_that_wait_for_their_first_value_as_nan_are_not() -> None:
+    model = seeded(NormNet)
+    model.register_buffer("not_yet", torch.full((2,), NAN))
+    fit(model, make_batches(9), [StepGuard(), callback := rollback()])
+    assert callback.rollbacks == 0
 
 
 @pytest.mark.parametrize(
