@@ -88,7 +88,8 @@ def build_model(
         ReplayError: If the model can't be built, has no ``training_step``, or the weights do not fit.
     """
     if bundle.weights is None:
-        raise ReplayError(f"{bundle.path} holds no weights: FlightRecorder(save_batch=True) keeps them")
+        why = bundle.meta.get("without_weights") or "FlightRecorder(save_batch=True) keeps them, if there is room"
+        raise ReplayError(f"{bundle.path} holds no weights: {why}")
     if arguments is None:
         arguments = _fitting_hyper_parameters(factory, bundle)
     try:

@@ -95,6 +95,7 @@ class SnapshotRing:
         self._transfer = Transfer()
         self._survey: Survey | None = None
         self._snapshots: list[Snapshot] = []
+        self._taken = 0
         # A tensor of a module that was not finite at the first look is meant so.
         self._looked_at = {each.name for each in self._tensors() if is_lazy(each.tensor)}
         self._constants: set[str] = set()
@@ -140,7 +141,7 @@ class SnapshotRing:
     # ---- there and back
 
     @torch.no_grad()
-    def take(self, step: int, *, wait: bool = True) -> None:
+    def take(self, step: int | None = None, *, wait: bool = True) -> None:
         """Take a snapshot, and forget the oldest if there are ``keep`` already.
 
         The host does not wait for the copies from a CUDA device. Its current stream does, so that nothing is written
@@ -151,10 +152,10 @@ class SnapshotRing:
         as before. The oldest is forgotten when all memory has been allocated and only copies are left to do.
 
         Args:
-            step: The step that the snapshot is of, >= 0.
+            step: The step that the snapshot is of, >= 0. Default: how many snapshots were taken before.
             wait: Whether the device's current stream waits for the copies. Default True.
         """
-        check_integer("step", step, at_least=0)
+        step = self._taken if step is None else check_integer("step", step, at_least=0)
         check_bool("wait", wait)
         self.wait()
         survey = self._look()
@@ -169,6 +170,7 @@ class SnapshotRing:
         if wait:
             self.wait()
         self._snapshots.append(snapshot)
+        self._taken += 1
 
     def wait(self) -> None:
         """Let the current stream of each CUDA device wait for the copies of the last :meth:`take`."""

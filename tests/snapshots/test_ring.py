@@ -1185,3 +1185,12 @@ def test_any_sequence_agrees_with_deep_copies(keep: int, actions: list[tuple[str
             assert ring.restore(number) == expected[-1 - number][0]
             assert state_of(model, optimizer) == expected[-1 - number][1]
         assert ring.steps == [each for each, _ in expected]
+
+
+def test_snapshots_are_numbered_where_no_step_is_given() -> None:
+    model = nn.Linear(2, 1)
+    ring = SnapshotRing(model, torch.optim.SGD(model.parameters(), lr=0.1), keep=2)
+    for _ in range(3):
+        ring.take()
+    assert ring.steps == [1, 2]
+    assert ring.restore() == 2
