@@ -501,7 +501,7 @@ def test_training_after_a_check_is_the_same_to_the_last_bit(loader: str, policy:
         {"fast_dev_run": True},
         {"gradient_clip_val": 0.1},
     ],
-    ids=str,
+    ids=lambda settings: next(iter(settings)),
 )
 def test_a_check_in_other_ways_to_run(settings: dict[str, Any]) -> None:
     runs = []
