@@ -30,6 +30,9 @@ __all__ = ["Rollback"]
 
 _log = logging.getLogger(__name__)
 
+# A loss that stands out may be the first of a row: the state is not a good one until it is known to be the last.
+_HIGH_LOSS = "high_loss"
+
 # Share of the free host memory that snapshots may take where no budget is given.
 _SHARE_OF_FREE_MEMORY = 0.25
 
@@ -189,7 +192,7 @@ class Rollback(StabilityCallback):
         assert step.gradients is not None
         rise = self._rises[step.index]
         evidence = self._evidence[step.label] = StepEvidence(step.loss, step.gradients.norms())
-        return [(rise.kind, rise(evidence))]
+        return [(rise.kind, rise(evidence)), (_HIGH_LOSS, rise.stands_out(evidence))]
 
     def rate_multipliers(self, step: OptimizerStep) -> Sequence[float] | None:
         if self._steps_since is None:
@@ -215,7 +218,7 @@ class Rollback(StabilityCallback):
             self._suspect_state = True
         elif not record.skipped:
             self._bad_in_row[record.optimizer] = 0
-        self._steps_in_peace = 0 if bad or rising else self._steps_in_peace + 1
+        self._steps_in_peace = 0 if bad or _HIGH_LOSS in record.watches else self._steps_in_peace + 1
 
     def wants_accounts(self, lifecycle: StepLifecycle) -> bool:
         return self._snapshot_due or lifecycle.is_logging_step(self.every_n_steps)

@@ -61,8 +61,19 @@ class SustainedRise(Detector):
         )
 
     def __call__(self, evidence: StepEvidence) -> Tensor:
+        return self._next_row(evidence, self.stands_out(evidence)) >= self.patience
+
+    def stands_out(self, evidence: StepEvidence) -> Tensor:
+        """Whether the loss of a step stands out by itself.
+
+        Args:
+            evidence: What is known of the step.
+
+        Returns:
+            A 0-dim boolean on the gradients' device.
+        """
         self._stands_out = self._spike(evidence)
-        return self._next_row(evidence, self._stands_out) >= self.patience
+        return self._stands_out
 
     @torch.no_grad()
     def learn(self, evidence: StepEvidence, accepted: Tensor) -> None:

@@ -262,6 +262,19 @@ def test_a_loss_that_has_risen_and_stays_up_calls_for_it(log_every_n_steps: int)
     assert 0.9 < float(model.weight.detach()) < 1.1
 
 
+def test_no_snapshot_is_taken_while_the_loss_is_rising(caplog: pytest.LogCaptureFixture) -> None:
+    batches = [torch.zeros(4) for _ in range(100)]
+
+    def displace(trainer: Any, model: Any) -> None:
+        model.weight.add_(100.0)
+
+    model, callback = Drifting(), rollback(every_n_steps=1, patience=5)
+    with caplog.at_level(logging.WARNING):
+        fit(model, batches, [StepGuard(), callback, Spoil(displace, 85)])
+    assert "restored the state of step 85," in caplog.text
+    assert callback.rollbacks == 1
+
+
 def test_one_high_loss_does_not() -> None:
     batches = [torch.zeros(4) for _ in range(100)]
     batches[80] = torch.full((4,), 1e4)
