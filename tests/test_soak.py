@@ -54,7 +54,7 @@ def test_one_fault_ruins_a_run_without_the_callbacks(kind: str) -> None:
 def test_faults_are_drawn_evenly_and_never_two_in_a_step() -> None:
     faults = draw_faults(200, 1200, seed=1)
     steps = [step for fault in faults.values() for step in fault.steps]  # type: ignore[union-attr]
-    assert len(steps) == len(set(steps)) == 204
-    assert {len(fault.steps) for fault in faults.values()} == {12}  # type: ignore[arg-type]
+    assert len(steps) == len(set(steps)) == 210
+    assert {len(fault.steps) for fault in faults.values()} == {14}  # type: ignore[arg-type]
     assert min(steps) >= 100
     assert max(steps) < 1160
