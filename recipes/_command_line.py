@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
+import sys
 import warnings
 from argparse import Action, HelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["from_command_line", "one_line", "quiet"]
+from recipes._recipe import Recipe
 
-Recipe = TypeVar("Recipe")
+__all__ = ["from_command_line", "one_line", "quiet", "scenarios_from_command_line"]
+
+T = TypeVar("T")
+
+ALL = "all"
+SELECTION = ("config", "seed", "seeds", "variant", "ablate", "resume", "output")
+"""Options that choose which runs to make, not what a run is."""
+FLAGS = ("--ablate", "--resume")
+CLASSES = ("model", "data")
+"""Options whose default class is explained by --help, option by option."""
 
 HINT = """\
 An option that takes an object accepts a class, and that class's arguments as options of their own:
@@ -40,8 +52,8 @@ _NOISE = (
 )
 
 
-def from_command_line(recipe: type[Recipe], config: Path, argv: Sequence[str] | None = None) -> Recipe:
-    """Make a recipe from the command line.
+def from_command_line(recipe: Callable[..., T], config: Path, argv: Sequence[str] | None = None) -> T:
+    """Make an object from the command line.
 
     Every constructor argument is an option, documented by the docstring. Defaults come from ``config``; a file given
     with ``--config`` overrides them, and options override both.
@@ -49,16 +61,80 @@ def from_command_line(recipe: type[Recipe], config: Path, argv: Sequence[str] | 
     Raises:
         SystemExit: With code 2, after one line on standard error, if an option or a value is wrong.
     """
+    parser = _parser(recipe, config.stem, [config])
+    return _make(recipe, parser, parser.parse_args(argv))
+
+
+def scenarios_from_command_line(config: Path, argv: Sequence[str] | None = None) -> list[Recipe]:
+    """Make a recipe for each scenario that the command line asks for.
+
+    The scenarios are the files of the folder named like ``config``: each holds what differs from ``config``. Options
+    apply to every scenario chosen.
+
+    Raises:
+        SystemExit: With code 2, after one line on standard error, if an option or a value is wrong.
+    """
+    argv = _with_values(sys.argv[1:] if argv is None else argv)
+    files = {path.stem: path for path in sorted(config.with_suffix("").glob("*.yaml"))}
+    asked = _scenario_asked(argv)
+    if asked not in (*files, ALL):
+        _parser(Recipe, config.stem, [config]).error(f"scenario: expected {', '.join([*files, ALL])}; got {asked}")
+    recipes = []
+    for name in files if asked == ALL else [asked]:
+        parser = _parser(Recipe, config.stem, [config, files[name]], f"Scenarios: {', '.join([*files, ALL])}. ")
+        options = parser.parse_args(argv)
+        options["scenario"] = name
+        recipes.append(_make(Recipe, parser, options))
+        try:
+            recipes[-1].record(_settings(parser, options))
+        except ValueError as error:
+            parser.error(str(error))
+    return recipes
+
+
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """Let ``--ablate`` stand for ``--ablate=true``."""
+    following = [*argv[1:], ""]
+    return [
+        f"{word}=true" if word in FLAGS and next_word.lower() not in ("true", "false") else word
+        for word, next_word in zip(argv, following, strict=True)
+    ]
+
+
+def _scenario_asked(argv: Sequence[str]) -> str:
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--scenario", nargs="?")
+    peek.add_argument("--config", action="append", default=[], nargs="?")
+    known, _ = peek.parse_known_args(argv)
+    asked = ALL
+    for path in filter(Path.is_file, map(Path, filter(None, known.config))):
+        content = yaml.safe_load(path.read_text())
+        asked = content.get("scenario", asked) if isinstance(content, dict) else asked
+    return str(known.scenario or asked)
+
+
+def _parser(recipe: Callable[..., Any], name: str, defaults: Iterable[Path], preface: str = "") -> _Parser:
     parser = _Parser(
-        prog=f"python -m recipes.{config.stem}",
+        prog=f"python -m recipes.{name}",
         usage="%(prog)s [options]",
-        description=HINT,
-        default_config_files=[os.path.relpath(config)],
+        description=preface + HINT,
+        default_config_files=[os.path.relpath(path) for path in defaults],
         formatter_class=_Formatter,
     )
     parser.add_argument("--config", action="config", help="YAML file with options; may be given several times.")
     parser.add_class_arguments(recipe)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def _settings(parser: _Parser, options: Namespace) -> str:
+    """What makes a run what it is, as a file that --config takes."""
+    kept = options.clone()
+    for name in SELECTION:
+        kept.pop(name, None)
+    return str(parser.dump(kept, skip_validation=True))
+
+
+def _make(recipe: Callable[..., T], parser: _Parser, options: Namespace) -> T:
     try:
         arguments = parser.instantiate(options)
         arguments.pop("config")
@@ -74,6 +150,7 @@ def quiet() -> Iterator[None]:
     before = {name: logging.getLogger(name).level for name in levels}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers")
+        warnings.filterwarnings("ignore", message="FaultInjector puts faults into this training on purpose")
         warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning.pytorch.utilities._pytree")
         try:
             for name, level in levels.items():
@@ -95,7 +172,7 @@ class _Parser(ArgumentParser):
         for action in self._actions:
             if default := _short(defaults.get(action.dest)):
                 action.help = f"{action.help} (default: {default})"
-        return super().format_help(formatter)
+        return super().format_help(formatter) + "".join(_options_of(name, defaults.get(name)) for name in CLASSES)
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -113,18 +190,42 @@ def _short(value: Any) -> str:
     """A default as Python code, without the arguments that have their class's own default; empty if there is none."""
     if isinstance(value, Namespace):
         value = value.as_dict()
+    if isinstance(value, list) and value:
+        return f"[{', '.join(map(_short, value))}]"
     if not isinstance(value, dict):
         return str(value) if value not in (None, []) else ""
     if "class_path" not in value:  # a group, whose members show their own
         return ""
-    module, _, name = value["class_path"].rpartition(".")
-    parameters = signature(getattr(import_module(module), name)).parameters
+    kind = _imported(value["class_path"])
+    parameters = signature(kind).parameters
     changed = (
         f"{key}={_short(argument)}"
         for key, argument in value.get("init_args", {}).items()
         if argument is not None and parameters[key].default != argument
     )
-    return f"{name}({', '.join(changed)})"
+    return f"{kind.__name__}({', '.join(changed)})"
+
+
+def _options_of(name: str, default: Any) -> str:
+    """The options of the class that an option takes by default, for the end of the help."""
+    if not isinstance(default, Namespace) or "class_path" not in default:
+        return ""
+    kind = _imported(default.class_path)
+    given = default.init_args.as_dict() if "init_args" in default else {}
+    # What is left out has no default: the recipe gives it.
+    left_out = {key for key, value in signature(kind).parameters.items() if value.default is value.empty} - given.keys()
+    parser = ArgumentParser(usage="", formatter_class=_Formatter, add_help=False)
+    parser.add_class_arguments(kind, name, skip=left_out)
+    for action in parser._actions:
+        value = given.get(action.dest.removeprefix(f"{name}."), action.default)
+        action.help = argparse.SUPPRESS if action.dest == name else f"{action.help} (default: {value})"
+    text = parser.format_help().partition("\n\n")[2]
+    return f"\n--{name} {kind.__name__}: {text}"
+
+
+def _imported(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def one_line(message: str) -> str:
