@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn: 1797 images of 8 x 8 pixels, nothing to download."""
+"""The handwritten digits that come with scikit-learn, in the split that the recorded figures were taken on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from recipes._poison import Poison
-
 __all__ = ["Digits"]
 
 TEST_SIZE = 450
@@ -24,20 +22,13 @@ class Digits(L.LightningDataModule):
 
     Args:
         batch_size: Samples a batch.
-        seed: Seeds the order of the training batches, in a random stream of its own, so that two models trained from
-            one seed meet the same batches in the same order.
-        poison: Which training batches to spoil with a NaN; None leaves all of them clean.
-
-    Attributes:
-        poisoned_batches: How many training batches were spoiled so far.
+        seed: Seeds the order of the training batches, in a random stream of its own.
     """
 
-    def __init__(self, batch_size: int = 32, seed: int = 0, poison: Poison | None = None) -> None:
+    def __init__(self, batch_size: int = 32, seed: int = 0) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.seed = seed
-        self.poison = poison
-        self.poisoned_batches = 0
 
     def setup(self, stage: str) -> None:
         images, labels = load_digits(return_X_y=True)
@@ -54,16 +45,6 @@ class Digits(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(self.test, batch_size=TEST_SIZE)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        trainer = self.trainer
-        if self.poison is None or trainer is None or not trainer.training:
-            return batch
-        if not self.poison.hits(trainer.global_step, self.seed):
-            return batch
-        self.poisoned_batches += 1
-        inputs, labels = batch
-        return self.poison.spoil(inputs), labels
 
 
 def _dataset(images: Any, labels: Any) -> TensorDataset:

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._digit_networks import NETWORKS, DigitClassifier
-from recipes._digits import Digits
-from recipes.lstm import PixelLSTM
+from benchmarks._digits import Digits
+from recipes._recurrent import PixelRNN
 from stability_callbacks import FlightRecorder, GradientClipping, Initialization, LRSchedule, StepGuard
 from stability_callbacks.clipping import NormClip
 from stability_callbacks.detection import NonFinite, Spike
@@ -34,7 +34,7 @@ from stability_callbacks.schedules import WarmupCosine
 
 
 def _recipe() -> L.LightningModule:
-    return PixelLSTM(partial(torch.optim.SGD, lr=0.5, momentum=0.9), hidden_size=64, num_layers=1)
+    return PixelRNN(torch.Size([64]), 10, partial(torch.optim.SGD, lr=0.5, momentum=0.9))
 
 
 _MODELS: dict[str, Callable[[], L.LightningModule]] = {

@@ -46,7 +46,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks._digit_networks import NETWORKS, DigitClassifier
-from recipes._digits import Digits
+from benchmarks._digits import Digits
 from stability_callbacks import (
     FaultInjector,
     FlightRecorder,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from lightning.pytorch.callbacks import Callback
 
 __all__ = ["CallbackSet"]
+
+WATCHING = "monitor"
 
 
 @dataclass
@@ -32,5 +34,17 @@ class CallbackSet:
 
     def fresh(self) -> list[Callback]:
         """Copies of the callbacks in use: what one run leaves in them does not reach the next."""
-        named = (self.monitor, self.initialization, self.schedule, self.clipping, self.guard)
-        return copy.deepcopy([*(callback for callback in named if callback is not None), *self.more])
+        return copy.deepcopy([*self._named().values(), *self.more])
+
+    def ablations(self) -> dict[str, CallbackSet]:
+        """For each callback that acts on training, by its name, the set without it."""
+        return {name: self._without(name) for name in self._named() if name != WATCHING}
+
+    def _without(self, name: str) -> CallbackSet:
+        rest = copy.copy(self)
+        setattr(rest, name, None)
+        return rest
+
+    def _named(self) -> dict[str, Callback]:
+        named = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: callback for name, callback in named.items() if isinstance(callback, Callback)}

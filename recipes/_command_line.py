@@ -33,10 +33,12 @@ FLAGS = ("--ablate", "--resume")
 CLASSES = ("model", "data")
 """Options whose default class is explained by --help, option by option."""
 
-HINT = """\
-An option that takes an object accepts a class, and that class's arguments as options of their own:
---optimizer torch.optim.Adam --optimizer.lr 0.001 --trainer.max_steps 1000 (--optimizer.help torch.optim.Adam lists
-them). All of it can stand in a YAML file instead (--config FILE); --print_config shows one that is complete."""
+OBJECTS = """\
+Scenarios: {scenarios}. An option that takes an object accepts a class, and that class's arguments as options of their
+own: --optimizer torch.optim.Adam --optimizer.lr 0.001 --trainer.max_steps 1000 (--optimizer.help torch.optim.Adam lists
+them). """
+
+FILES = "All options can stand in a YAML file (--config FILE); --print_config shows one that is complete."
 
 _NOISE = (
     r'Parser key "[^"]+":',
@@ -81,7 +83,7 @@ def scenarios_from_command_line(config: Path, argv: Sequence[str] | None = None)
         _parser(Recipe, config.stem, [config]).error(f"scenario: expected {', '.join([*files, ALL])}; got {asked}")
     recipes = []
     for name in files if asked == ALL else [asked]:
-        parser = _parser(Recipe, config.stem, [config, files[name]], f"Scenarios: {', '.join([*files, ALL])}. ")
+        parser = _parser(Recipe, config.stem, [config, files[name]], OBJECTS.format(scenarios=", ".join([*files, ALL])))
         options = parser.parse_args(argv)
         options["scenario"] = name
         recipes.append(_make(Recipe, parser, options))
@@ -117,7 +119,7 @@ def _parser(recipe: Callable[..., Any], name: str, defaults: Iterable[Path], pre
     parser = _Parser(
         prog=f"python -m recipes.{name}",
         usage="%(prog)s [options]",
-        description=preface + HINT,
+        description=preface + FILES,
         default_config_files=[os.path.relpath(path) for path in defaults],
         formatter_class=_Formatter,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from recipes._comparison import number
 from recipes._run import GRADIENT_NORM, LOSS, Run
 
 __all__ = ["draw_curves"]
@@ -19,54 +21,74 @@ ROWS = ((LOSS, "training loss"), (GRADIENT_NORM, "gradient norm before clipping"
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> None:
-    """Save the curves of the runs as a PNG, on logarithmic axes.
+    """Save the curves of the runs as a PNG, on logarithmic axes; those of an ablation are left out.
 
-    A dotted line marks the step from which a run's loss is not finite any more, a triangle at the upper edge a step
-    that the guard skipped.
+    A dotted line marks the step from which a run's loss is not finite any more; with a single seed, a triangle at the
+    upper edge marks a step that the guard skipped.
     """
-    scenarios = {name: list(group) for name, group in groupby(runs, key=lambda run: run.scenario)}
-    scenarios = {name: group for name, group in scenarios.items() if len(group) > 1}  # a lone run is only a reference
-    figure = Figure(figsize=(6.4 * len(scenarios), 7), layout="constrained")
-    axes = figure.subplots(len(ROWS), len(scenarios), sharex="col", sharey="row", squeeze=False)
+    whole = [run for run in runs if run.without is None]
+    scenarios = {name: list(group) for name, group in groupby(whole, key=lambda run: run.scenario)}
+    figure = Figure(figsize=(5.2 * len(scenarios), 6.6), layout="constrained")
+    axes = figure.subplots(len(ROWS), len(scenarios), squeeze=False)
     for column, (scenario, group) in zip(axes.T, scenarios.items(), strict=True):
+        seeds = sorted({run.seed for run in group})
         for axis, (metric, label) in zip(column, ROWS, strict=True):
-            for run in group:
-                _draw_run(axis, run, metric)
-            axis.set_yscale("log")
+            for variant in COLORS:
+                _draw_variant(axis, [run for run in group if run.variant == variant], metric)
+            if any(math.isfinite(value) for run in group for value in _positive(run, metric)):
+                axis.set_yscale("log")  # which needs something to show
             axis.yaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.25, which="major")
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_ylabel(label)
-            axis.label_outer()
-        column[0].set_title(f"{scenario}, seed {group[0].seed}", loc="left", fontweight="bold")
-        column[0].legend(loc="lower left", framealpha=0.9, edgecolor="none")
+        column[1].sharex(column[0])
+        column[0].set_title(f"{scenario}, seed{_span(seeds)}", loc="left", fontweight="bold")
+        column[0].legend(loc="best", framealpha=0.9, edgecolor="none")
         column[-1].set_xlabel("step")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
 
 
-def _draw_run(axis: Axes, run: Run, metric: str) -> None:
-    series = run.history.get(metric, [])
-    color = COLORS[run.variant]
-    steps = [step for step, _ in series]
-    values = [value if math.isfinite(value) else math.nan for _, value in series]
-    label = f"{run.variant}: {run.metric} {run.value:.2f}"
-    axis.plot(steps, values, color=color, linewidth=1, alpha=0.85, label=label)
-
-    # Where the curve breaks off or has a gap, say why.
+def _draw_variant(axis: Axes, runs: Sequence[Run], metric: str) -> None:
+    """Draw the runs that differ only in their seed."""
+    if not runs:
+        return
+    color, single = COLORS[runs[0].variant], len(runs) == 1
+    value = statistics.fmean(run.value for run in runs)
+    label = f"{runs[0].variant}: {runs[0].goal.metric} {number(value)}"
     top = axis.get_xaxis_transform()  # x in steps, y in shares of the axis
-    if run.died_at is not None:
-        axis.axvline(run.died_at, color=color, linestyle=":", linewidth=1.2)
-        axis.annotate(
-            f" not finite\n from step {run.died_at}", (run.died_at, 0.97), xycoords=top, color=color, va="top"
-        )
-    if run.skipped_at:
+    for index, run in enumerate(runs):
+        values = _positive(run, metric)
+        width, alpha = (1.0, 0.85) if single else (0.7, 0.5)
+        steps = [step for step, _ in run.history.get(metric, [])]
+        axis.plot(steps, values, color=color, label=None if index else label, linewidth=width, alpha=alpha)
+        # A curve of a step or two would not be seen.
+        if 0 < sum(map(math.isfinite, values)) < 5:
+            axis.plot(steps, values, color=color, marker="o", markersize=3, linestyle="none")
+        if run.died_at is not None:
+            axis.axvline(run.died_at, color=color, linestyle=":", linewidth=1.2)
+    deaths = [run.died_at for run in runs if run.died_at is not None]
+    if deaths:
+        text = f" not finite\n from step{_span(deaths)}"
+        axis.annotate(text, (min(deaths), 0.97), xycoords=top, color=color, va="top")
+    if single and runs[0].skipped_at:
+        skipped = runs[0].skipped_at
         axis.plot(
-            run.skipped_at,
-            [1.0] * len(run.skipped_at),
+            skipped,
+            [1.0] * len(skipped),
             linestyle="none",
             marker="v",
             color=color,
             transform=top,
             clip_on=False,
-            label=f"{len(run.skipped_at)} steps skipped",
+            label=f"{len(skipped)} step{'s' * (len(skipped) > 1)} skipped",
         )
+
+
+def _positive(run: Run, metric: str) -> list[float]:
+    """The values that a logarithmic axis can show, with NaN in place of the others."""
+    return [value if 0 < value < math.inf else math.nan for _, value in run.history.get(metric, [])]
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f" {low}" if low == high else f"s {low} to {high}"

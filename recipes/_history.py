@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-__all__ = ["History", "HistoryLogger"]
+__all__ = ["History", "HistoryLogger", "as_history"]
 
 History = dict[str, list[tuple[int, float]]]
 """Metric name to its ``(step, value)`` pairs, in the order logged."""
+
+
+def as_history(series: dict[str, list[list[float]]]) -> History:
+    """Return what JSON made of a history as it was."""
+    return {name: [(int(step), value) for step, value in pairs] for name, pairs in series.items()}
 
 
 class HistoryLogger(Logger):
@@ -24,6 +31,14 @@ class HistoryLogger(Logger):
     def __init__(self) -> None:
         super().__init__()
         self.history: History = {}
+
+    def write(self, path: Path) -> None:
+        """Write what was logged so far to a file."""
+        path.write_text(json.dumps(self.history))  # with NaN and Infinity, which only read() has to understand
+
+    def read(self, path: Path) -> None:
+        """Go on from what :meth:`write` wrote."""
+        self.history = as_history(json.loads(path.read_text()))
 
     @property
     def name(self) -> str:

@@ -1,25 +1,18 @@
-"""Train one variant of a recipe and keep what the comparison needs."""
+"""What is known of a finished training run, and how it is kept on disk."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-import lightning as L
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from rich.console import Console
+from recipes._history import History, as_history
 
-from recipes._history import History, HistoryLogger
-from recipes._progress import StepProgressBar
-from stability_callbacks import StepGuard, TrainingDivergedError
-
-__all__ = ["GRADIENT_NORM", "LOSS", "Goal", "Run", "TrainerFactory", "Variant", "train"]
+__all__ = ["GRADIENT_NORM", "LOSS", "SKIPPED_STEPS", "Goal", "Run", "Variant"]
 
 Variant = Literal["plain", "healed"]
 
@@ -28,27 +21,23 @@ GRADIENT_NORM = "grad_norm/total"
 SKIPPED_STEPS = "stability/skipped_steps"
 
 
-class TrainerFactory(Protocol):
-    """Makes a Trainer with every option set except the callbacks and loggers, which each run brings along."""
-
-    def __call__(self, *, callbacks: list[Callback], logger: list[Logger]) -> L.Trainer: ...
-
-
 @dataclass(frozen=True)
 class Goal:
     """What a run must reach to be called a success.
 
     Attributes:
-        metric: Name of the test metric, as the model logs it.
+        metric: Name of the metric, without the split it is evaluated on.
         threshold: The value to reach.
+        mode: Whether the metric must be at least ("max") or at most ("min") the threshold.
     """
 
     metric: str
     threshold: float
+    mode: Literal["max", "min"] = "max"
 
     def reached(self, value: float) -> bool:
-        """Whether ``value`` is at least the threshold; NaN never is."""
-        return value >= self.threshold
+        """Whether ``value`` is as good as the threshold; NaN never is."""
+        return value >= self.threshold if self.mode == "max" else value <= self.threshold
 
 
 @dataclass(frozen=True)
@@ -60,11 +49,12 @@ class Run:
         variant: Whether the callbacks were there to help.
         seed: Seed of the weights, the batches and the poison.
         goal: What it had to reach.
-        value: What it reached on the test set.
+        value: What it reached on the evaluated split.
         skipped_steps: Steps that the guards refused.
-        seconds: Wall time of the training, without the test.
+        seconds: Wall time of the training, without the evaluation.
         history: Every scalar logged, step by step.
         stopped: Why a guard ended the run early; None if it did not.
+        without: The callback that an ablation left out; None if all were there.
     """
 
     scenario: str
@@ -76,11 +66,24 @@ class Run:
     seconds: float
     history: History
     stopped: str | None = None
+    without: str | None = None
+
+    def save(self, path: Path) -> None:
+        """Write the run to a file, whole or not at all."""
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(self)))  # with NaN and Infinity, which only load() has to understand
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Read what :meth:`save` wrote."""
+        fields = json.loads(path.read_text())
+        return cls(**{**fields, "goal": Goal(**fields["goal"]), "history": as_history(fields["history"])})
 
     @property
-    def metric(self) -> str:
-        """The metric without the stage it was logged in."""
-        return self.goal.metric.rpartition("/")[-1]
+    def name(self) -> str:
+        """Scenario, variant and what was left out: the same for every seed."""
+        return f"{self.scenario}-{self.variant}" + (f"-without-{self.without}" if self.without else "")
 
     @property
     def success(self) -> bool:
@@ -119,55 +122,3 @@ class Run:
             elif death is None and step not in skipped:
                 death = step
         return death
-
-
-def train(
-    model: L.LightningModule,
-    data: L.LightningDataModule,
-    *,
-    scenario: str,
-    variant: Variant,
-    seed: int,
-    goal: Goal,
-    callbacks: list[Callback],
-    make_trainer: TrainerFactory,
-    output: Path,
-    console: Console,
-) -> Run:
-    """Train ``model``, test it, and return what was seen.
-
-    TensorBoard's files go to ``output/<scenario>-<variant>``; those of an earlier run of that name are removed, so that
-    curves never mix.
-    """
-    name = f"{scenario}-{variant}"
-    for old in (output / name).glob("events.out.tfevents.*"):
-        old.unlink()
-    memory = HistoryLogger()
-    trainer = make_trainer(callbacks=callbacks, logger=[TensorBoardLogger(output, name="", version=name), memory])
-    _replace_progress_bar(trainer, StepProgressBar(f"{scenario:>9} · {variant:<6}", console))
-
-    stopped = None
-    started = time.perf_counter()
-    try:
-        trainer.fit(model, data)
-    except TrainingDivergedError as error:
-        stopped = str(error)
-    seconds = time.perf_counter() - started
-    (scores,) = trainer.test(model, data, verbose=False)
-    return Run(
-        scenario=scenario,
-        variant=variant,
-        seed=seed,
-        goal=goal,
-        value=scores[goal.metric],
-        skipped_steps=sum(callback.skipped_steps for callback in callbacks if isinstance(callback, StepGuard)),
-        seconds=seconds,
-        history=memory.history,
-        stopped=stopped,
-    )
-
-
-def _replace_progress_bar(trainer: Any, bar: StepProgressBar) -> None:
-    # Only where Lightning put one, so that `--trainer.enable_progress_bar false` still has its meaning.
-    if trainer.progress_bar_callback is not None:
-        trainer.callbacks[trainer.callbacks.index(trainer.progress_bar_callback)] = bar

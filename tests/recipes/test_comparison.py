@@ -2,74 +2,37 @@ from __future__ import annotations
 
 import io
 import json
-import math
-from pathlib import Path
-from typing import Any
+import statistics
 
 import pytest
-from matplotlib.image import imread
 from rich.console import Console
 
-from recipes._comparison import comparison_table, report, results, verdict
-from recipes._history import History
-from recipes._run import GRADIENT_NORM, LOSS, SKIPPED_STEPS, Goal, Run
+from recipes._comparison import ablation_sheet, number, pairs_sheet, records, run_sheet, seeds_sheet, sheets, verdict
+from recipes._run import Goal, Run
+from recipes._sheet import Sheet
+from tests.recipes.runs import INF, NAN, history, run
 
-NAN, INF = math.nan, math.inf
-
-
-def history(losses: list[float], norms: list[float] | None = None, skips: list[float] | None = None) -> History:
-    series = {LOSS: losses, GRADIENT_NORM: norms or losses, SKIPPED_STEPS: skips or []}
-    return {name: list(enumerate(values)) for name, values in series.items()}
+PLAIN = [0.1, 0.2, 0.3]
+HEALED = [0.85, 0.75, 0.95]
 
 
-def run(variant: Any = "healed", value: float = 0.9, **changes: Any) -> Run:
-    fields: dict[str, Any] = {
-        "scenario": "exploding",
-        "seed": 3,
-        "goal": Goal("test/accuracy", 0.8),
-        "skipped_steps": 0,
-        "seconds": 1.23456,
-        "history": history([2.0, 1.0, 0.5]),
-    }
-    return Run(variant=variant, value=value, **{**fields, **changes})
+def pairs(**changes: object) -> list[Run]:
+    return [
+        run(variant, value, seed=seed, **changes)
+        for seed, values in enumerate(zip(PLAIN, HEALED, strict=True))
+        for variant, value in zip(("plain", "healed"), values, strict=True)
+    ]
 
 
-@pytest.mark.parametrize(("value", "reached"), [(0.8, True), (0.79, False), (NAN, False), (-INF, False)])
-def test_goal_is_reached_at_the_threshold_and_never_by_nan(value: float, reached: bool) -> None:
-    assert Goal("test/accuracy", 0.8).reached(value) is reached
+def shown(sheet: Sheet, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(sheet.table())
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-@pytest.mark.parametrize(
-    ("losses", "skips", "died_at"),
-    [
-        ([1.0, 2.0, 3.0], [0, 0, 0], None),
-        ([1.0, NAN, NAN], [0, 0, 0], 1),
-        ([1.0, INF, NAN], [0, 0, 0], 1),
-        ([1.0, NAN, 2.0], [0, 1, 1], None),  # a bad batch, skipped
-        ([1.0, 2.0, NAN], [0, 0, 1], None),  # the same as the last one of the run
-        ([NAN, 1.0, NAN], [0, 0, 0], 2),
-        ([], [], None),
-    ],
-)
-def test_a_run_dies_where_its_loss_stays_non_finite(losses: list[float], skips: list[float], died_at: int) -> None:
-    assert run(history=history(losses, skips=skips)).died_at == died_at
-
-
-def test_skipped_steps_are_those_where_the_count_rose() -> None:
-    assert run(history=history([1.0] * 6, skips=[1, 1, 2, 2, 2, 3])).skipped_at == [0, 2, 5]
-
-
-def test_gradient_norms_leave_out_what_is_not_finite() -> None:
-    seen = run(history=history([1.0] * 5, norms=[3.0, NAN, 1.0, INF, 8.0]))
-    assert (seen.largest_gradient_norm, seen.median_gradient_norm) == (8.0, 3.0)
-    none = run(history=history([NAN]))
-    assert math.isnan(none.largest_gradient_norm)
-    assert math.isnan(none.median_gradient_norm)
-
-
-def test_results_have_the_agreed_keys_and_are_valid_json() -> None:
-    records = results([run("plain", NAN), run("healed", 0.9)])
-    assert records[0] == {
+def test_records_have_the_agreed_keys_and_are_valid_json() -> None:
+    found = records([run("plain", NAN), run("healed", 0.9), run("healed", 0.5, without="guard")])
+    assert found[0] == {
         "scenario": "exploding",
         "variant": "plain",
         "seed": 3,
@@ -78,57 +41,110 @@ def test_results_have_the_agreed_keys_and_are_valid_json() -> None:
         "success": False,
         "seconds": 1.235,
     }
-    assert (records[1]["value"], records[1]["success"]) == (0.9, True)
-    json.dumps(records, allow_nan=False)
+    assert (found[1]["value"], found[1]["success"]) == (0.9, True)
+    assert found[2]["without"] == "guard"
+    json.dumps(found, allow_nan=False)
 
 
 @pytest.mark.parametrize(
     ("finished", "words"),
     [
-        (run("healed", 0.9), "healed[/green] ≥ 0.800"),
+        (run("healed", 0.9), "healed ≥ 0.800"),
         (run("healed", 0.7), "fails < 0.800"),
         (run("plain", 0.7), "fails < 0.800"),
         (run("plain", 0.9), "learns ≥ 0.800"),
+        (run("plain", 0.9, goal=Goal("loss", 0.5, "min")), "fails > 0.500"),
+        (run("healed", 0.4, goal=Goal("loss", 0.5, "min")), "healed ≤ 0.500"),
         (run("plain", 0.1, history=history([1.0, NAN, NAN])), "dead at step 1"),
         (run("healed", 0.1, history=history([NAN] * 3, skips=[1, 2, 3]), stopped="Why."), "stopped by guard"),
     ],
 )
 def test_verdict(finished: Run, words: str) -> None:
-    assert words in verdict(finished)
+    assert verdict(finished) == words
 
 
-def test_table_shows_every_figure_in_80_columns() -> None:
+@pytest.mark.parametrize(
+    ("value", "text", "short"),
+    [
+        (0.8449, "0.845", ".845"),
+        (12.3456, "12.346", "12.346"),
+        (0.001234, "0.0012", "0.0012"),
+        (0.0, "0.000", ".000"),
+        (-0.5, "-0.500", "-0.500"),
+        (3e7, "3e+07", "3e+07"),
+        (NAN, "nan", "nan"),
+    ],
+)
+def test_numbers_keep_the_digits_that_tell(value: float, text: str, short: str) -> None:
+    assert (number(value), number(value, short=True)) == (text, short)
+
+
+def test_table_of_runs_shows_every_figure_in_80_columns() -> None:
     spiky = history([1.0] * 3, norms=[0.5, 123456.0, 2.0])
     runs = [
         run("plain", 0.1, scenario="poisoned", history=history([1.0, NAN])),
         run("healed", 0.7, scenario="poisoned", skipped_steps=500, seconds=123.4, history=spiky),
     ]
-    console = Console(file=io.StringIO(), width=80)
-    console.print(comparison_table(runs))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = shown(run_sheet(runs))
     for figure in ("0.100", "0.700", "1.23e+05 / 2", "500", "123.4 s", "dead at step 1", "fails < 0.800"):
         assert figure in text
     assert "…" not in text
 
 
-@pytest.mark.parametrize(("value", "code"), [(0.9, 0), (0.7, 1)])
-def test_report_writes_its_files_and_admits_failure(tmp_path: Path, value: float, code: int) -> None:
-    output = io.StringIO()
-    runs = [run("plain", 0.1), run("healed", value, stopped="Too many skips.")]
-    assert report(runs, tmp_path, Console(file=output, width=80)) == code
-    assert len(json.loads((tmp_path / "results.json").read_text())) == 2
-    text = output.getvalue()
-    assert f"tensorboard --logdir {tmp_path}" in text
-    assert ("missed its goal: accuracy 0.700, wanted 0.800. Too many skips." in text) is bool(code)
+def test_table_of_seeds_shows_mean_spread_and_successes() -> None:
+    plain, healed = seeds_sheet(pairs()).rows
+    deviation = statistics.stdev(HEALED)
+    assert plain == ("exploding", "plain", "0.200 ± 0.100", ".100 .200 .300", "0", "1.2 s", "0/3 ≥ 0.800")
+    assert healed[2:4] == (f"0.850 ± {deviation:.3f}", ".850 .750 .950")
+    assert healed[-1] == "2/3 ≥ 0.800"
+    dead = seeds_sheet([run("plain", NAN, seed=0), run("plain", 0.5, seed=1)]).rows[0]
+    assert dead[2] == "1/2 finite"
 
 
-def test_picture_is_drawn_whatever_the_curves_hold(tmp_path: Path) -> None:
-    dead = run("plain", 0.1, history=history([NAN, INF, NAN]))
-    skipping = run("healed", 0.9, history=history([1.0, NAN, 0.5], skips=[0, 1, 1]))
-    for number, runs in enumerate(([dead, skipping], [run("plain", history={}), run("healed", history={})])):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        report(runs, folder, Console(file=io.StringIO()))
-        picture = imread(folder / "curves.png")
-        assert picture.shape[0] > 500
-        assert picture.std() > 0
+def test_table_of_pairs_compares_seed_by_seed() -> None:
+    (row,) = pairs_sheet(pairs()).rows
+    assert row[:2] == ("exploding", "3/3")
+    assert row[2].startswith("+0.650 [+0.")
+    assert row[-1] == "p = 0.12"  # an eighth
+    # A seed that only one variant has is left out: the command was interrupted.
+    (row,) = pairs_sheet(pairs()[:-1]).rows
+    assert row[1] == "2/2"
+    (row,) = pairs_sheet([run("plain", NAN, seed=0), run("healed", 0.9, seed=0)]).rows
+    assert row[1:4] == ("1/1", "not finite", "-")
+
+
+def test_table_of_an_ablation_shows_what_a_callback_is_good_for() -> None:
+    runs = [*pairs(), *(run("healed", value - 0.2, seed=s, without="guard") for s, value in enumerate(HEALED))]
+    whole, without = ablation_sheet(runs).rows
+    assert whole[1:] == ("whole", "0.850 ± 0.100", "", "2/3 ≥ 0.800")
+    assert without[1:] == ("without guard", "0.650 ± 0.100", "-0.200", "0/3 ≥ 0.800")
+
+
+def test_runs_of_a_scenario_stand_together_whatever_their_order() -> None:
+    runs = [*pairs(), *pairs(scenario="poisoned"), run("healed", 0.5, seed=0, without="guard")]
+    assert [row[:2] for row in ablation_sheet(runs).rows] == [
+        ("exploding", "whole"),
+        ("exploding", "without guard"),
+        ("poisoned", "whole"),
+    ]
+
+
+def test_tables_fit_what_was_run() -> None:
+    def titles(runs: list[Run]) -> list[str]:
+        return [sheet.title for sheet in sheets(runs)]
+
+    in_pairs, ablation = "Healed against plain, in pairs of one seed", "What each callback contributes"
+    assert titles([run("plain"), run("healed")]) == ["Seed 3"]
+    assert titles(pairs()) == ["Seeds 0 to 2", in_pairs]
+    assert titles([one for one in pairs() if one.variant == "plain"]) == ["Seeds 0 to 2"]
+    assert titles([*pairs(), run(without="guard")]) == ["Seeds 0 to 2", in_pairs, ablation]
+
+
+def test_every_table_fits_the_screen_and_becomes_markdown() -> None:
+    runs = [*pairs(), *pairs(scenario="poisoned"), run("healed", INF, seed=0, without="initialization")]
+    for sheet in sheets(runs):
+        assert "…" not in shown(sheet, 100)
+        lines = sheet.markdown().splitlines()
+        assert lines[0] == f"**{sheet.title}**"
+        assert len({line.count("|") for line in lines[2:]}) == 1
+        assert len(lines) == 4 + len(sheet.rows)

@@ -1,11 +1,41 @@
 from __future__ import annotations
 
+from typing import Any
+
+import lightning as L
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from recipes._poison import Poison
+from recipes._poison import SCALE, Poison, PoisonedData
+from recipes.data import Digits
+
+QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+
+
+class Spy(L.LightningModule):
+    """Keeps the batches that training and test get to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.train_batches: list[Tensor] = []
+        self.test_batches: list[Tensor] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.train_batches.append(batch[0])
+        return self.layer(batch[0].flatten(1).nan_to_num()).square().mean()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        assert not batch[0].isnan().any()
+
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.test_batches.append(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
 @given(one_in=st.integers(1, 150), first_step=st.integers(0, 50), seed=st.integers(0, 2**32))
@@ -30,15 +60,93 @@ def test_places_depend_on_the_seed_and_on_nothing_else() -> None:
     assert len({place % 100 for place in first}) > 1  # not the same place in each stretch
 
 
-def test_spoils_one_number_of_a_copy() -> None:
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+def test_spoils_one_number_of_a_copy(kind: Any) -> None:
     inputs = torch.zeros(4, 64)
-    spoiled = Poison.spoil(inputs)
-    assert spoiled.isnan().sum() == 1
-    assert not inputs.isnan().any()
+    spoiled = Poison(kind=kind).spoil(inputs)
+    assert str(spoiled[0, 0].item()) == kind
+    assert (~spoiled.isfinite()).sum() == 1
+    assert not inputs.any()
+
+
+def test_scales_the_whole_of_a_copy() -> None:
+    inputs = torch.ones(4, 64)
+    assert torch.equal(Poison(kind="scale").spoil(inputs), torch.full((4, 64), SCALE))
+    assert inputs.max() == 1
+
+
+def test_integers_cannot_be_spoiled() -> None:
+    with pytest.raises(TypeError, match=r"floating-point inputs, got torch\.int64"):
+        Poison().spoil(torch.zeros(3, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("arguments", [{"one_in": 0}, {"first_step": -1}])
-def test_wrong_arguments_are_named(arguments: dict[str, int]) -> None:
+def test_wrong_arguments_are_named(arguments: dict[str, Any]) -> None:
     (name,) = arguments
     with pytest.raises(ValueError, match=f"`{name}` must be an integer >= ., got {arguments[name]}"):
         Poison(**arguments)
+
+
+def test_poison_hits_the_training_steps_it_should_across_epochs_and_no_test_batch() -> None:
+    poison, seed, steps = Poison(one_in=40, first_step=3), 5, 100
+    spy, clean = Spy(), Spy()
+    data = PoisonedData(Digits(batch_size=32, seed=seed), poison, seed)
+    for model, source in ((spy, data), (clean, data.data)):
+        trainer = L.Trainer(max_steps=steps, accelerator="cpu", logger=False, **QUIET)
+        trainer.fit(model, source)
+        trainer.test(model, source, verbose=False)
+    assert trainer.current_epoch >= 2
+    poisoned = [step for step, batch in enumerate(spy.train_batches) if batch.isnan().any()]
+    assert poisoned == [step for step in range(steps) if poison.hits(step, seed)] != []
+    assert data.poisoned_batches == len(poisoned)
+    assert not any(batch.isnan().any() for batch in spy.test_batches)
+    # Apart from the poison, the data are what they were.
+    for batch, original in zip(spy.train_batches, clean.train_batches, strict=True):
+        assert torch.equal(batch.where(batch.isfinite(), original), original)
+
+
+def test_every_hook_of_the_data_module_is_passed_on() -> None:
+    class Recorder(L.LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called: list[str] = []
+
+        def __getattribute__(self, name: str) -> Any:
+            if name in HOOKS:
+                self.called.append(name)
+            return super().__getattribute__(name)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"place": 3}
+
+    inner = Recorder()
+    data = PoisonedData(inner, Poison(), seed=0)
+    data.trainer = L.Trainer(accelerator="cpu", logger=False, **QUIET)
+    calls: dict[str, tuple[Any, ...]] = {
+        "prepare_data": (),
+        "setup": ("fit",),
+        "teardown": ("fit",),
+        "on_before_batch_transfer": ([torch.zeros(1)], 0),
+        "transfer_batch_to_device": (torch.zeros(1), torch.device("cpu"), 0),
+        "on_after_batch_transfer": (torch.zeros(1), 0),
+        "load_state_dict": (data.state_dict(),),
+    }
+    for name, arguments in calls.items():
+        getattr(data, name)(*arguments)
+    assert set(calls) <= set(inner.called)
+    assert data.state_dict()["data"] == {"place": 3}
+    assert inner.trainer is data.trainer
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        with pytest.raises(Exception, match=loader):  # Lightning's own account of what the inner module lacks
+            getattr(data, loader)()
+
+
+HOOKS = (
+    "prepare_data",
+    "setup",
+    "teardown",
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "load_state_dict",
+)

@@ -1,0 +1,104 @@
+"""Ctrl-C ends a recipe after the step in hand, with a checkpoint from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+__all__ = ["InterruptCheckpoint", "Interrupted", "Interruption", "interruption"]
+
+
+class Interrupted(Exception):  # noqa: N818 - what happened, not an error
+    """The user asked to stop; what was under way can be resumed."""
+
+
+class Interruption:
+    """Whether the user has asked to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+@contextmanager
+def interruption() -> Iterator[Interruption]:
+    """Note the first Ctrl-C instead of raising; a second one has its usual effect."""
+    asked = Interruption()
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield asked
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.requested = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class InterruptCheckpoint(Checkpoint):
+    """Ends training with a checkpoint once the user has asked to stop; Lightning calls a Checkpoint last of all.
+
+    The checkpoint also carries torch's random state, which Lightning's own do not, and the time spent.
+
+    Args:
+        path: Where the checkpoint goes.
+        asked: Tells whether the user asked to stop.
+
+    Attributes:
+        stopped: Whether training was ended so.
+    """
+
+    def __init__(self, path: Path, asked: Interruption) -> None:
+        self.path = path
+        self.asked = asked
+        self.seconds = 0.0
+        self.stopped = False
+        self._resumed_at = 0.0
+        self._last_step = 0
+        self._random_state: torch.Tensor | None = None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.seconds + time.perf_counter() - self._resumed_at
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random_state": torch.get_rng_state(), "seconds": self.elapsed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = state_dict["seconds"]
+        self._random_state = state_dict["random_state"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._resumed_at = time.perf_counter()
+        self._last_step = trainer.global_step
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, self._last_step = self._last_step, trainer.global_step
+        if self._last_step == step:  # in the midst of an accumulation, gradients would be lost
+            return
+        # Signals do not reach all processes in the same step, and a checkpoint needs all of them.
+        asked = self.asked.requested
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+            self.stopped = True

@@ -1,0 +1,107 @@
+"""A recipe that trains in a second: the framework's tests run it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from recipes._sharding import ShardableModule
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class TinyNet(ShardableModule):
+    """Two layers with batch normalisation and dropout: buffers, and random numbers in each step.
+
+    Args:
+        inputs: Shape of one sample.
+        outputs: Number of classes.
+        optimizer: Makes the optimizer.
+        width: Hidden units.
+    """
+
+    def __init__(self, inputs: torch.Size, outputs: int, optimizer: OptimizerCallable, width: int = 8) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.net = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(inputs.numel(), width),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(width, outputs),
+        )
+        self.accuracy = MulticlassAccuracy(outputs, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = nn.functional.cross_entropy(self(images), labels)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val/accuracy")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test/accuracy")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], name: str) -> None:
+        images, labels = batch
+        self.accuracy(self(images), labels)
+        self.log(name, self.accuracy)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.parameters())
+
+
+class Strangers(L.LightningDataModule):
+    """A data module that knows nothing of recipes: no seed, no number of classes, an ordinary loader.
+
+    Args:
+        size: Numbers a sample.
+        integers: Whether the targets are classes, or else vectors of 5 numbers.
+    """
+
+    def __init__(self, size: int = 6, integers: bool = True) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        targets = torch.arange(40) % 4 if integers else torch.randn(40, 5, generator=generator)
+        self.samples = TensorDataset(torch.randn(40, size, generator=generator), targets)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.samples, batch_size=10, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.samples, batch_size=10)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.samples, batch_size=10)
+
+
+@dataclass
+class Outcome:
+    """What a command returned, printed and wrote."""
+
+    code: int
+    screen: str
+    output: Path
+
+    def records(self, name: str = "results.json") -> list[dict[str, Any]]:
+        def refuse(constant: str) -> None:
+            raise AssertionError(f"{constant} is not JSON")
+
+        records: list[dict[str, Any]] = json.loads((self.output / name).read_text(), parse_constant=refuse)
+        return records
