@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from recipes._comparison import number
 from recipes._run import GRADIENT_NORM, LOSS, Run
@@ -17,6 +17,8 @@ from recipes._run import GRADIENT_NORM, LOSS, Run
 __all__ = ["draw_curves"]
 
 COLORS = {"plain": "#d55e00", "healed": "#0072b2"}  # told apart with every kind of colour vision
+PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}
+WIDEST = 3  # scenarios side by side
 ROWS = ((LOSS, "training loss"), (GRADIENT_NORM, "gradient norm before clipping"))
 
 
@@ -28,24 +30,30 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
     """
     whole = [run for run in runs if run.without is None]
     scenarios = {name: list(group) for name, group in groupby(whole, key=lambda run: run.scenario)}
-    figure = Figure(figsize=(5.2 * len(scenarios), 6.6), layout="constrained")
-    axes = figure.subplots(len(ROWS), len(scenarios), squeeze=False)
-    for column, (scenario, group) in zip(axes.T, scenarios.items(), strict=True):
-        seeds = sorted({run.seed for run in group})
-        for axis, (metric, label) in zip(column, ROWS, strict=True):
-            for variant in COLORS:
-                _draw_variant(axis, [run for run in group if run.variant == variant], metric)
-            if any(math.isfinite(value) for run in group for value in _positive(run, metric)):
-                axis.set_yscale("log")  # which needs something to show
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.grid(alpha=0.25, which="major")
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.set_ylabel(label)
-        column[1].sharex(column[0])
-        column[0].set_title(f"{scenario}, seed{_span(seeds)}", loc="left", fontweight="bold")
-        column[0].legend(loc="best", framealpha=0.9, edgecolor="none")
-        column[-1].set_xlabel("step")
+    lines = math.ceil(len(scenarios) / WIDEST)
+    columns = math.ceil(len(scenarios) / lines)
+    figure = Figure(figsize=(5.2 * columns, 6.4 * lines), layout="constrained")
+    panels = figure.subfigures(lines, columns, squeeze=False).flat
+    for panel, (scenario, group) in zip(panels, scenarios.items(), strict=False):
+        _draw_scenario(panel, scenario, group)
     figure.savefig(path, dpi=110)
+
+
+def _draw_scenario(panel: SubFigure, scenario: str, runs: Sequence[Run]) -> None:
+    axes = panel.subplots(len(ROWS), 1, sharex=True)
+    for axis, (metric, label) in zip(axes, ROWS, strict=True):
+        for variant in COLORS:
+            _draw_variant(axis, [run for run in runs if run.variant == variant], metric)
+        if any(math.isfinite(value) for run in runs for value in _positive(run, metric)):
+            axis.set_yscale("log")  # which needs something to show
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.25, which="major")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylabel(label)
+    seeds = sorted({run.seed for run in runs})
+    axes[0].set_title(f"{scenario}, seed{_span(seeds)}", loc="left", fontweight="bold")
+    axes[0].legend(loc="best", framealpha=0.9, edgecolor="none")
+    axes[-1].set_xlabel("step")
 
 
 def _draw_variant(axis: Axes, runs: Sequence[Run], metric: str) -> None:
@@ -69,7 +77,7 @@ def _draw_variant(axis: Axes, runs: Sequence[Run], metric: str) -> None:
     deaths = [run.died_at for run in runs if run.died_at is not None]
     if deaths:
         text = f" not finite\n from step{_span(deaths)}"
-        axis.annotate(text, (min(deaths), 0.97), xycoords=top, color=color, va="top")
+        axis.annotate(text, (min(deaths), 0.97), xycoords=top, color=color, va="top", bbox=PAPER)
     if single and runs[0].skipped_at:
         skipped = runs[0].skipped_at
         axis.plot(
