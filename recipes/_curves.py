@@ -10,6 +10,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import NullFormatter
 
 from recipes._comparison import number
 from recipes._run import GRADIENT_NORM, LOSS, Run
@@ -18,6 +19,7 @@ __all__ = ["draw_curves"]
 
 COLORS = {"plain": "#d55e00", "healed": "#0072b2"}  # told apart with every kind of colour vision
 PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}
+BEYOND = 1000  # times the largest value of a run that lives: more is told in words
 WIDEST = 3  # scenarios side by side
 ROWS = ((LOSS, "training loss"), (GRADIENT_NORM, "gradient norm before clipping"))
 
@@ -44,9 +46,7 @@ def _draw_scenario(panel: SubFigure, scenario: str, runs: Sequence[Run]) -> None
     for axis, (metric, label) in zip(axes, ROWS, strict=True):
         for variant in COLORS:
             _draw_variant(axis, [run for run in runs if run.variant == variant], metric)
-        if any(math.isfinite(value) for run in runs for value in _positive(run, metric)):
-            axis.set_yscale("log")  # which needs something to show
-        axis.yaxis.set_major_formatter("{x:g}")
+        _scale(axis, runs, metric)
         axis.grid(alpha=0.25, which="major")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylabel(label)
@@ -54,6 +54,21 @@ def _draw_scenario(panel: SubFigure, scenario: str, runs: Sequence[Run]) -> None
     axes[0].set_title(f"{scenario}, seed{_span(seeds)}", loc="left", fontweight="bold")
     axes[0].legend(loc="best", framealpha=0.9, edgecolor="none")
     axes[-1].set_xlabel("step")
+
+
+def _scale(axis: Axes, runs: Sequence[Run], metric: str) -> None:
+    """Choose a logarithmic axis on which the healed curves can be read, however far the plain ones explode."""
+    shown = [value for run in runs for value in _positive(run, metric) if math.isfinite(value)]
+    if not shown:  # a logarithmic axis needs something to show
+        return
+    axis.set_yscale("log")
+    sound = [value for run in runs if run.died_at is None for value in _positive(run, metric) if math.isfinite(value)]
+    if sound and max(shown) > BEYOND * max(sound):
+        axis.set_ylim(top=BEYOND * max(sound))
+        axis.annotate(f"up to {max(shown):.0e} ", (1, 0.9), xycoords="axes fraction", ha="right", color=COLORS["plain"])
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
 
 
 def _draw_variant(axis: Axes, runs: Sequence[Run], metric: str) -> None:
