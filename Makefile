@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(INSTALLED) ## train an LSTM that fails and the same LSTM healed (ARGS="--seed 1")
+demo: $(INSTALLED) ## train recurrent networks that fail, and the same networks healed (ARGS="--seed 1")
 	$(BIN)/python -m recipes.lstm $(ARGS)
 
 test: $(INSTALLED) ## run the tests and the examples in the docstrings, in two processes (ARGS="-k clipping")

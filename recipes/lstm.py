@@ -9,7 +9,7 @@ and ends where it ends on clean data.
 
 Scenario ``relu_rnn``: a recurrence with ReLU and careless weights is NaN after one step; the same cure heals it.
 
-Scenario ``sine``: a tanh recurrence continues sine waves. Clipping alone makes the difference.
+Scenario ``sine``: a tanh recurrence continues sine waves. Clipping makes the difference; a decay quiets the end.
 
 Before any training, the recipe also follows the gradient back through time for ten networks and draws what is left of
 it, ``gradient_through_time.png``.
@@ -23,8 +23,9 @@ from collections.abc import Sequence
 
 from recipes._gradient_through_time import gradient_through_time
 from recipes._main import run_recipe
+from recipes._recurrent import PixelRNN, SineRNN
 
-__all__ = ["main"]
+__all__ = ["PixelRNN", "SineRNN", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
