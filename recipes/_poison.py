@@ -86,11 +86,14 @@ class PoisonedData(L.LightningDataModule):
         self.poison = poison
         self.seed = seed
         self.poisoned_batches = 0
+        self._last: int | None = None
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         trainer = self.trainer
         assert trainer is not None
-        if trainer.training and self.poison.hits(trainer.global_step, self.seed):
+        # Under gradient accumulation several batches belong to a step; one bad one is enough.
+        if trainer.training and trainer.global_step != self._last and self.poison.hits(trainer.global_step, self.seed):
+            self._last = trainer.global_step
             self.poisoned_batches += 1
             inputs, *rest = batch
             batch = [self.poison.spoil(inputs), *rest]
@@ -124,8 +127,9 @@ class PoisonedData(L.LightningDataModule):
         return self.data.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"data": self.data.state_dict(), "poisoned_batches": self.poisoned_batches}
+        return {"data": self.data.state_dict(), "poisoned_batches": self.poisoned_batches, "last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.data.load_state_dict(state_dict["data"])
         self.poisoned_batches = state_dict["poisoned_batches"]
+        self._last = state_dict["last"]

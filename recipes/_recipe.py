@@ -157,9 +157,11 @@ class Recipe:
             raise Interrupted
         blank = Run(self.scenario, variant, seed, self.goal, 0.0, 0, 0.0, {}, without=without)
         folder = self.output / blank.name / f"seed-{seed}"
-        if not self.resume or not folder.exists():
+        # Without --resume nothing that lies there counts, not even while another process has yet to clear it away.
+        left = self.resume and folder.exists()
+        if not left:
             self._clear(folder)
-        if (folder / FINISHED).exists():
+        if left and (folder / FINISHED).exists():
             return Run.load(folder / FINISHED)
 
         data, dimensions = self._fresh_data(seed), self._dimensions
@@ -167,7 +169,7 @@ class Recipe:
         model = self.make_model(*dimensions, self.optimizer)
         history, callbacks = HistoryLogger(), callback_set.fresh()
         checkpoint = InterruptCheckpoint(folder / INTERRUPTED, asked)
-        resumed = checkpoint.path.exists()
+        resumed = left and checkpoint.path.exists()
         if resumed and (folder / HISTORY).exists():
             history.read(folder / HISTORY)
         trainer = copy.deepcopy(self.make_trainer)(  # a strategy, for one, serves a single Trainer

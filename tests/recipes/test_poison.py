@@ -105,6 +105,16 @@ def test_poison_hits_the_training_steps_it_should_across_epochs_and_no_test_batc
         assert torch.equal(batch.where(batch.isfinite(), original), original)
 
 
+def test_one_batch_of_an_accumulated_step_is_poisoned() -> None:
+    poison, spy = Poison(one_in=2, first_step=0), Spy()
+    data = PoisonedData(Digits(batch_size=32), poison, seed=0)
+    trainer = L.Trainer(max_steps=6, accumulate_grad_batches=3, accelerator="cpu", logger=False, **QUIET)
+    trainer.fit(spy, data)
+    poisoned = [index for index, batch in enumerate(spy.train_batches) if batch.isnan().any()]
+    assert poisoned == [3 * step for step in range(6) if poison.hits(step, seed=0)]
+    assert data.poisoned_batches == len(poisoned) == 3
+
+
 def test_every_hook_of_the_data_module_is_passed_on() -> None:
     class Recorder(L.LightningDataModule):
         def __init__(self) -> None:

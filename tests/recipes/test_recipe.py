@@ -22,6 +22,7 @@ import recipes._main
 from recipes._main import run_recipe
 from recipes._poison import Poison
 from recipes._run import Run
+from tests.recipes.runs import run as finished_run
 from tests.recipes.test_images import write_idx
 from tests.recipes.tiny import CONFIGS, Outcome
 
@@ -304,6 +305,11 @@ def test_two_processes(tmp_path: Path, strategy: str) -> None:
     program = tmp_path / "tiny.py"
     program.write_text(script)
     options = [f"--config={root / 'configs' / 'strategy' / f'{strategy}.yaml'}", "--trainer.max_steps=12"]
+    # What an earlier command left counts for no process, whichever comes first.
+    stale = tmp_path / "runs" / "poisoned-healed" / "seed-0"
+    stale.mkdir(parents=True)
+    (stale / "config.yaml").write_text("seed: 0")
+    finished_run("healed", 0.123, scenario="poisoned").save(stale / "run.json")
     finished = subprocess.run(
         [sys.executable, str(program), f"--output={tmp_path / 'runs'}", "--scenario=poisoned", QUIET, *options],
         capture_output=True,
