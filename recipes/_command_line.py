@@ -30,6 +30,7 @@ ALL = "all"
 SELECTION = ("config", "seed", "seeds", "variant", "ablate", "resume", "output")
 """Options that choose which runs to make, not what a run is."""
 FLAGS = ("--ablate", "--resume")
+WRONG_USE = (TypeError, ValueError, OSError, MisconfigurationException)
 CLASSES = ("model", "data")
 """Options whose default class is explained by --help, option by option."""
 
@@ -81,6 +82,8 @@ def scenarios_from_command_line(config: Path, argv: Sequence[str] | None = None)
     asked = _scenario_asked(argv)
     if asked not in (*files, ALL):
         _parser(Recipe, config.stem, [config]).error(f"scenario: expected {', '.join([*files, ALL])}; got {asked}")
+    if asked == ALL and any(word.startswith("--print_config") for word in argv):
+        _parser(Recipe, config.stem, [config]).error("--print_config shows one scenario: choose it with --scenario")
     recipes = []
     for name in files if asked == ALL else [asked]:
         parser = _parser(Recipe, config.stem, [config, files[name]], OBJECTS.format(scenarios=", ".join([*files, ALL])))
@@ -89,7 +92,8 @@ def scenarios_from_command_line(config: Path, argv: Sequence[str] | None = None)
         recipes.append(_make(Recipe, parser, options))
         try:
             recipes[-1].record(_settings(parser, options))
-        except ValueError as error:
+            recipes[-1].rehearse()
+        except WRONG_USE as error:
             parser.error(str(error))
     return recipes
 
@@ -110,7 +114,10 @@ def _scenario_asked(argv: Sequence[str]) -> str:
     known, _ = peek.parse_known_args(argv)
     asked = ALL
     for path in filter(Path.is_file, map(Path, filter(None, known.config))):
-        content = yaml.safe_load(path.read_text())
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):  # the parser will say what is wrong with it
+            continue
         asked = content.get("scenario", asked) if isinstance(content, dict) else asked
     return str(known.scenario or asked)
 
@@ -133,7 +140,7 @@ def _settings(parser: _Parser, options: Namespace) -> str:
     kept = options.clone()
     for name in SELECTION:
         kept.pop(name, None)
-    return str(parser.dump(kept, skip_validation=True))
+    return str(parser.dump(kept, skip_none=False, skip_validation=True))
 
 
 def _make(recipe: Callable[..., T], parser: _Parser, options: Namespace) -> T:
@@ -141,7 +148,7 @@ def _make(recipe: Callable[..., T], parser: _Parser, options: Namespace) -> T:
         arguments = parser.instantiate(options)
         arguments.pop("config")
         return recipe(**arguments)
-    except (TypeError, ValueError, OSError, MisconfigurationException) as error:
+    except WRONG_USE as error:
         parser.error(str(error))
 
 

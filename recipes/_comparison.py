@@ -77,7 +77,13 @@ def seeds_sheet(runs: Sequence[Run]) -> Sheet:
 
 def pairs_sheet(runs: Sequence[Run]) -> Sheet:
     """One row a scenario: healed against plain, seed by seed."""
-    columns = ("scenario", "healed\nbetter in", "mean gain\n[95 % interval]", "paired t-test", "exact sign test")
+    columns = (
+        "scenario",
+        "healed\nbetter in",
+        "mean gain\n[95 % interval]",
+        "paired t-test,\none-sided",
+        "exact sign test,\none-sided",
+    )
     sheet = Sheet("Healed against plain, in pairs of one seed", columns, labels=1)
     for scenario, group in _by_scenario(runs).items():
         values = {variant: {run.seed: run.value for run in group if run.variant == variant} for variant in _VARIANTS}
@@ -87,12 +93,12 @@ def pairs_sheet(runs: Sequence[Run]) -> Sheet:
         plain, healed = ([values[variant][seed] for seed in seeds] for variant in _VARIANTS)
         pairs = compare_in_pairs(plain, healed, group[0].goal.mode)
         low, high = pairs.interval
-        finite = math.isfinite(pairs.difference)
+        gain = f"{pairs.difference:+.3f}" if math.isfinite(pairs.difference) else "not finite"
         sheet.add(
             scenario,
             f"{pairs.better}/{pairs.pairs}",
-            f"{pairs.difference:+.3f} [{low:+.3f}, {high:+.3f}]" if finite else "not finite",
-            f"p = {pairs.t_test:.2g}" if finite else "-",
+            gain if math.isnan(low) else f"{gain} [{low:+.3f}, {high:+.3f}]",
+            "-" if math.isnan(pairs.t_test) else f"p = {pairs.t_test:.2g}",
             f"p = {pairs.sign_test:.2g}",
         )
     return sheet
@@ -105,13 +111,13 @@ def ablation_sheet(runs: Sequence[Run]) -> Sheet:
     whole = {(run.scenario, run.seed): run.value for run in runs if run.variant == "healed" and run.without is None}
     for group in _groups([run for run in runs if run.variant == "healed"]):
         without = group[0].without
-        changes = [run.value - whole.get((run.scenario, run.seed), math.nan) for run in group]
+        change = statistics.fmean(run.value - whole.get((run.scenario, run.seed), math.nan) for run in group)
         successes = sum(run.success for run in group)
         sheet.add(
             group[0].scenario,
             "whole" if without is None else f"without {without}",
             _spread([run.value for run in group]),
-            "" if without is None else f"{statistics.fmean(changes):+.3f}",
+            "" if without is None else f"{change:+.3f}" if math.isfinite(change) else "not finite",
             f"{successes}/{len(group)} {_bound(group[0].goal)}",
             color=_color(successes == len(group)),
         )

@@ -75,6 +75,8 @@ class ImageData(L.LightningDataModule):
         # Pooled first, so that what the network sees has zero mean and unit variance.
         pooled = [_pooled(part.images, self.side) for part in (train, val, test)]
         mean, std = pooled[0].mean(), pooled[0].std(correction=0)
+        if std == 0 or not len(test.labels):
+            raise ValueError(f"`path` must hold training images that differ, and test images: {self.path}")
         self.train, self.val, self.test = (
             TensorDataset((images - mean) / std, torch.as_tensor(part.labels, dtype=torch.long))
             for images, part in zip(pooled, (train, val, test), strict=True)

@@ -12,8 +12,10 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Checkpoint
+
+from recipes._history import HistoryLogger, as_history
+from stability_callbacks.snapshots import RandomState
 
 __all__ = ["InterruptCheckpoint", "Interrupted", "Interruption", "interruption"]
 
@@ -51,48 +53,59 @@ def interruption() -> Iterator[Interruption]:
 class InterruptCheckpoint(Checkpoint):
     """Ends training with a checkpoint once the user has asked to stop; Lightning calls a Checkpoint last of all.
 
-    The checkpoint also carries torch's random state, which Lightning's own do not, and the time spent.
+    The checkpoint also carries what Lightning's own lack: the random states, the scalars logged and the time spent.
 
     Args:
         path: Where the checkpoint goes.
         asked: Tells whether the user asked to stop.
+        history: The scalars logged so far.
 
     Attributes:
         stopped: Whether training was ended so.
     """
 
-    def __init__(self, path: Path, asked: Interruption) -> None:
+    def __init__(self, path: Path, asked: Interruption, history: HistoryLogger) -> None:
         self.path = path
         self.asked = asked
-        self.seconds = 0.0
+        self.history = history
         self.stopped = False
-        self._resumed_at = 0.0
+        self._seconds = 0.0
+        self._started_at: float | None = None
         self._last_step = 0
-        self._random_state: torch.Tensor | None = None
+        self._random_state: RandomState | None = None
 
     @property
     def elapsed(self) -> float:
         """Seconds of training, those before an interruption included."""
-        return self.seconds + time.perf_counter() - self._resumed_at
+        return self._seconds + (0.0 if self._started_at is None else time.perf_counter() - self._started_at)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random_state": torch.get_rng_state(), "seconds": self.elapsed}
+        return {
+            "history": {name: list(series) for name, series in self.history.history.items()},
+            "random_state": RandomState.capture()._asdict(),
+            "seconds": self.elapsed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds = state_dict["seconds"]
-        self._random_state = state_dict["random_state"]
+        if not self.history.history:  # else it was read from a file that has the last step, too
+            self.history.history = as_history(state_dict["history"])
+        self._random_state = RandomState(**state_dict["random_state"])
+        self._seconds = state_dict["seconds"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._resumed_at = time.perf_counter()
+        self._started_at = time.perf_counter()
         self._last_step = trainer.global_step
         if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
+            self._random_state.restore()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._seconds, self._started_at = self.elapsed, None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, self._last_step = self._last_step, trainer.global_step
-        if self._last_step == step:  # in the midst of an accumulation, gradients would be lost
+        if self._last_step == step or self.stopped:  # in the midst of an accumulation, gradients would be lost
             return
         # Signals do not reach all processes in the same step, and a checkpoint needs all of them.
         asked = self.asked.requested
@@ -100,5 +113,5 @@ class InterruptCheckpoint(Checkpoint):
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
         if asked:
             trainer.save_checkpoint(self.path)
-            trainer.should_stop = True
-            self.stopped = True
+            self.stopped = trainer.should_stop = True
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None  # which would go on all the same

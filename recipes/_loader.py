@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -18,11 +19,13 @@ __all__ = ["ResumableLoader", "shuffled_batches"]
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader that tells Lightning's checkpoints how many batches of the epoch it has given."""
 
+    trainer: L.Trainer | None = None
     _given = 0
-    _skipped = 0
+    _restored = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._given, self._skipped = self._skipped, 0
+        # After a whole epoch, which Lightning may have cut short, a new one begins.
+        self._given, self._restored = self._restored % self._batches_per_epoch, 0
         sampler = self.batch_sampler
         assert isinstance(sampler, _SkippingBatchSampler)
         sampler.skipped = self._given
@@ -35,16 +38,20 @@ class ResumableLoader(DataLoader[Any]):
         return {"given": self._given}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next epoch begin after the batches already given; after a whole epoch, a new one begins."""
-        self._skipped = state_dict["given"] % len(self)
+        """Let the next epoch begin after the batches already given."""
+        self._restored = state_dict["given"]
+
+    @property
+    def _batches_per_epoch(self) -> int:
+        limit = math.inf if self.trainer is None else self.trainer.num_training_batches
+        return int(min(len(self), limit)) or len(self)
 
 
 class _SkippingBatchSampler(BatchSampler):
-    skipped = 0
+    skipped = 0  # stays until the loader sets it anew: with workers, torch begins to iterate twice
 
     def __iter__(self) -> Iterator[list[int]]:
-        skipped, self.skipped = self.skipped, 0
-        return islice(super().__iter__(), skipped, None)
+        return islice(super().__iter__(), self.skipped, None)
 
 
 def shuffled_batches(
@@ -73,4 +80,7 @@ def shuffled_batches(
         raise ValueError(f"`batch_size` is {batch_size}, but a process has only {len(sampler)} training samples")
     batches = _SkippingBatchSampler(sampler, batch_size, drop_last=True)
     # A generator of its own: each pass draws a number, and one more pass must not change what the model draws.
-    return ResumableLoader(dataset, batch_sampler=batches, generator=torch.Generator().manual_seed(seed), **options)
+    generator = torch.Generator().manual_seed(seed)
+    loader = ResumableLoader(dataset, batch_sampler=batches, generator=generator, **options)
+    loader.trainer = trainer
+    return loader

@@ -36,6 +36,7 @@ def run_recipe(name: str, argv: Sequence[str] | None = None, picture: Callable[[
     writes = getattr(rank_zero_only, "rank", 0) in (0, None)
     console = Console(quiet=not writes)
     runs: list[Run] = []
+    interrupted = False
     with quiet(), interruption() as asked:
         recipes = scenarios_from_command_line(CONFIGS / f"{name}.yaml", argv)
         output = recipes[0].output
@@ -45,15 +46,17 @@ def run_recipe(name: str, argv: Sequence[str] | None = None, picture: Callable[[
                     runs.append(run)
                     if writes:
                         write_results(runs, output)
-        except Interrupted:
+        except (Interrupted, SystemExit):  # Lightning answers a second Ctrl-C by leaving Python
+            if not asked.requested:
+                raise
+            interrupted = True
             console.print("\n[yellow]Interrupted. The same command with --resume goes on from here.")
-            if not runs:
-                if writes:
-                    write_results(runs, output)
-                return INTERRUPTED
-    if not writes:
-        return 0
-    code = report(runs, output, console)
-    if picture is not None:
-        console.print(f"Picture      {picture(output)}", highlight=False, soft_wrap=True)
-    return INTERRUPTED if asked.requested else code
+        if not writes:
+            return 0
+        if not runs:
+            write_results(runs, output)
+            return INTERRUPTED
+        code = report(runs, output, console)
+        if picture is not None:
+            console.print(f"Picture      {picture(output)}", highlight=False, markup=False, soft_wrap=True)
+    return INTERRUPTED if interrupted else code

@@ -21,9 +21,9 @@ class PairedComparison:
         pairs: Number of pairs.
         better: In how many of them the second value is the better one; a finite value is better than one that is not.
         difference: Mean improvement over the pairs, positive if the second values are better; NaN if a value is not
-            finite or there is only one pair.
-        interval: Its 95 % confidence interval, by Student's t.
-        t_test: One-sided p-value of the paired t-test; NaN where ``difference`` is.
+            finite.
+        interval: Its 95 % confidence interval, by Student's t; NaN where the gains have no spread to measure it by.
+        t_test: One-sided p-value of the paired t-test; NaN where ``interval`` is.
         sign_test: One-sided p-value of the exact sign test, which asks nothing of the distribution; ties count against.
     """
 
@@ -60,11 +60,9 @@ def compare_in_pairs(
     better = int(np.sum(np.where(np.isfinite(after), ~np.isfinite(before) | (after > before), False)))
     sign_test = float(binomtest(better, len(first), alternative="greater").pvalue)
     gains = after - before
-    if len(gains) < 2 or not np.isfinite(gains).all():
-        return PairedComparison(len(gains), better, math.nan, (math.nan, math.nan), math.nan, sign_test)
-    mean = float(gains.mean())
-    if not gains.std():  # the t-test divides by it
-        return PairedComparison(len(gains), better, mean, (mean, mean), 0.0 if mean > 0 else 1.0, sign_test)
+    mean = float(gains.mean()) if np.isfinite(gains).all() else math.nan
+    if math.isnan(mean) or len(gains) < 2 or gains.std() <= 1e-9 * np.abs(gains).max():  # nothing for a t-test
+        return PairedComparison(len(gains), better, mean, (math.nan, math.nan), math.nan, sign_test)
     test = ttest_rel(after, before, alternative="greater")
     # The interval is two-sided, whatever the test asks.
     low, high = ttest_rel(after, before).confidence_interval(0.95)

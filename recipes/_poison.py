@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
-import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-__all__ = ["Poison", "PoisonedData"]
+__all__ = ["Poison", "poison_batches"]
 
 SCALE = 1e4
 
@@ -64,72 +64,34 @@ class Poison:
         if self.kind == "scale":
             return inputs * SCALE
         spoiled = inputs.clone()
-        spoiled.view(-1)[0] = float(self.kind)
+        spoiled[(0,) * inputs.ndim] = float(self.kind)
         return spoiled
 
 
-class PoisonedData(L.LightningDataModule):
-    """Any data module whose training batches ``(inputs, ...)`` are poisoned on their way to the model.
+def poison_batches(data: L.LightningDataModule, poison: Poison, seed: int) -> None:
+    """Let the training batches ``(inputs, ...)`` of a data module be poisoned on their way to the model.
+
+    Only ``on_before_batch_transfer`` of this one object is replaced, and it still does what it did, on all batches.
+    Under gradient accumulation several batches belong to a step: its first one is poisoned.
 
     Args:
-        data: The data module.
+        data: Any data module.
         poison: Which batches to spoil, and how.
         seed: Seed of the places.
-
-    Attributes:
-        poisoned_batches: How many batches were spoiled so far.
     """
+    own = data.on_before_batch_transfer if is_overridden("on_before_batch_transfer", data) else None
+    last: int | None = None
 
-    def __init__(self, data: L.LightningDataModule, poison: Poison, seed: int) -> None:
-        super().__init__()
-        self.data = data
-        self.poison = poison
-        self.seed = seed
-        self.poisoned_batches = 0
-        self._last: int | None = None
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        trainer = self.trainer
+    def on_before_batch_transfer(batch: Any, dataloader_idx: int) -> Any:
+        nonlocal last
+        trainer = data.trainer
         assert trainer is not None
-        # Under gradient accumulation several batches belong to a step; one bad one is enough.
-        if trainer.training and trainer.global_step != self._last and self.poison.hits(trainer.global_step, self.seed):
-            self._last = trainer.global_step
-            self.poisoned_batches += 1
+        if trainer.training and trainer.global_step != last and poison.hits(trainer.global_step, seed):
+            last = trainer.global_step
             inputs, *rest = batch
-            batch = [self.poison.spoil(inputs), *rest]
-        return self.data.on_before_batch_transfer(batch, dataloader_idx)
+            batch = [poison.spoil(inputs), *rest]
+        # Where the data module has no such hook, Lightning would have asked the model.
+        hook = own or trainer.lightning_module.on_before_batch_transfer
+        return hook(batch, dataloader_idx)
 
-    # ---- the rest is the data module's own
-
-    def prepare_data(self) -> None:
-        self.data.prepare_data()
-
-    def setup(self, stage: str) -> None:
-        self.data.trainer = self.trainer
-        self.data.setup(stage)
-
-    def teardown(self, stage: str) -> None:
-        self.data.teardown(stage)
-
-    def train_dataloader(self) -> Any:
-        return self.data.train_dataloader()
-
-    def val_dataloader(self) -> Any:
-        return self.data.val_dataloader()
-
-    def test_dataloader(self) -> Any:
-        return self.data.test_dataloader()
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self.data.on_after_batch_transfer(batch, dataloader_idx)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return self.data.transfer_batch_to_device(batch, device, dataloader_idx)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"data": self.data.state_dict(), "poisoned_batches": self.poisoned_batches, "last": self._last}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.data.load_state_dict(state_dict["data"])
-        self.poisoned_batches = state_dict["poisoned_batches"]
-        self._last = state_dict["last"]
+    data.on_before_batch_transfer = on_before_batch_transfer  # type: ignore[method-assign]

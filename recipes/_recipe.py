@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
-from pathlib import Path
+from pathlib import Path, PosixPath, WindowsPath
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning as L
@@ -16,13 +17,16 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from torch import Tensor
+from torch.serialization import safe_globals
 
 from recipes._callback_set import CallbackSet
 from recipes._history import HistoryLogger
 from recipes._interruption import InterruptCheckpoint, Interrupted, Interruption
-from recipes._poison import Poison, PoisonedData
+from recipes._poison import Poison, poison_batches
 from recipes._progress import StepProgressBar
 from recipes._run import Goal, Run, Variant
 from stability_callbacks import StepGuard, TrainingDivergedError
@@ -36,6 +40,7 @@ SETTINGS = "config.yaml"
 FINISHED = "run.json"
 INTERRUPTED = "interrupted.ckpt"
 HISTORY = "interrupted.json"
+PATHS: list[Any] = [Path, PosixPath, WindowsPath]
 
 
 class TrainerFactory(Protocol):
@@ -113,10 +118,28 @@ class Recipe:
         self.faults = faults
         self.callbacks: dict[Variant, CallbackSet] = {"plain": plain, "healed": healed}
         self.settings = ""
-        # Made once for nothing, so that a wrong argument is told now and not between two runs.
-        self.optimizer([torch.nn.Parameter(torch.zeros(1))])
-        copy.deepcopy(self.make_trainer)(callbacks=[], logger=[])
         self.output.mkdir(parents=True, exist_ok=True)
+
+    def rehearse(self) -> None:
+        """Make everything once for nothing, so that what is wrong is told now and not after an hour of training.
+
+        Raises:
+            TypeError, ValueError, OSError, MisconfigurationException: If the settings do not work.
+        """
+        asked, history = Interruption(), HistoryLogger()
+        trainer = self._trainer([InterruptCheckpoint(self.output / INTERRUPTED, asked, history)], [history])
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "`trainer.strategy` must not start processes that keep their results to themselves: take ddp, not "
+                f"{trainer.strategy.launcher.__class__.__name__.strip('_')}'s"
+            )
+        _replace_progress_bar(trainer, StepProgressBar("", Console(quiet=True)))
+        model = self.make_model(*self._dimensions, self.optimizer)
+        self.optimizer(model.parameters())
+        if trainer.world_size == 1:
+            for limit in ("limit_test_batches", "limit_val_batches"):
+                setattr(trainer, limit, 1 if getattr(trainer, limit) else 0)
+            self._evaluate(trainer, model, self._fresh_data(self.seeds[0]))
 
     def record(self, settings: str) -> None:
         """Keep ``settings`` beside each run, so that it can be made again, and resumed only by the same command.
@@ -163,95 +186,107 @@ class Recipe:
             self._clear(folder)
         if left and (folder / FINISHED).exists():
             return Run.load(folder / FINISHED)
+        if left and not (folder / INTERRUPTED).exists():  # what stopped without a checkpoint begins anew
+            self._clear(folder)
 
         data, dimensions = self._fresh_data(seed), self._dimensions
         L.seed_everything(seed, verbose=False)  # last before the model: to look at the data may draw random numbers
         model = self.make_model(*dimensions, self.optimizer)
         history, callbacks = HistoryLogger(), callback_set.fresh()
-        checkpoint = InterruptCheckpoint(folder / INTERRUPTED, asked)
+        checkpoint = InterruptCheckpoint(folder / INTERRUPTED, asked, history)
         resumed = left and checkpoint.path.exists()
         if resumed and (folder / HISTORY).exists():
             history.read(folder / HISTORY)
-        trainer = copy.deepcopy(self.make_trainer)(  # a strategy, for one, serves a single Trainer
-            callbacks=[*copy.deepcopy(self.faults), *callbacks, checkpoint],
-            logger=[TensorBoardLogger(self.output, name=blank.name, version=folder.name), history],
+        trainer = self._trainer(
+            [*copy.deepcopy(self.faults), *callbacks, checkpoint],
+            [TensorBoardLogger(self.output, name=blank.name, version=folder.name), history],
         )
         title = f"{self.scenario:>10} · {variant if without is None else f'no {without}':<6}"
         _replace_progress_bar(trainer, StepProgressBar(f"{title} · {seed}", console))
 
         stopped = None
         try:
-            trainer.fit(model, data, ckpt_path=checkpoint.path if resumed else None, weights_only=resumed or None)
+            with safe_globals(PATHS):  # which Lightning's checkpoints hold as hyper-parameters
+                trainer.fit(model, data, ckpt_path=checkpoint.path if resumed else None, weights_only=resumed or None)
         except TrainingDivergedError as error:
             stopped = str(error)
         if checkpoint.stopped:
             rank_zero_only(history.write)(folder / HISTORY)
             raise Interrupted
-        seconds = checkpoint.elapsed
-        evaluate = trainer.test if self.split == "test" else trainer.validate
-        (scores,) = evaluate(model, data, verbose=False)
-        if isinstance(data, PoisonedData) and data.poisoned_batches == 0:
+        if self.poison and not any(self.poison.hits(step, seed) for step in range(trainer.global_step)):
             console.print("[yellow]No batch was poisoned in so short a run: raise --trainer.max_steps.")
-        run = Run(
-            scenario=self.scenario,
-            variant=variant,
-            seed=seed,
-            goal=self.goal,
-            value=self._score(scores),
+        run = replace(
+            blank,
+            value=self._evaluate(trainer, model, data),
             skipped_steps=sum(callback.skipped_steps for callback in callbacks if isinstance(callback, StepGuard)),
-            seconds=seconds,
+            seconds=checkpoint.elapsed,
             history=history.history,
             stopped=stopped,
-            without=without,
         )
-        _keep(run, folder)
+        rank_zero_only(run.save)(folder / FINISHED)
+        trainer.strategy.remove_checkpoint(checkpoint.path)
         return run
+
+    def _trainer(self, callbacks: list[Callback], logger: list[Logger]) -> L.Trainer:
+        # Copied: a strategy, for one, serves a single Trainer.
+        return copy.deepcopy(self.make_trainer)(callbacks=callbacks, logger=logger)
+
+    def _evaluate(self, trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule) -> float:
+        evaluate = trainer.test if self.split == "test" else trainer.validate
+        scores = evaluate(model, data, verbose=False)
+        name = f"{self.split}/{self.goal.metric}"
+        if len(scores) != 1 or name not in scores[0]:
+            logged = ", ".join(sorted({key for score in scores for key in score})) or "nothing"
+            raise ValueError(f"`goal.metric` is '{self.goal.metric}', but the evaluation gave {logged}")
+        return float(scores[0][name])
 
     @cached_property
     def _dimensions(self) -> tuple[torch.Size, int]:
-        return _dimensions(copy.deepcopy(self.data))
+        data = copy.deepcopy(self.data)
+        data.trainer = self._trainer([], [])
+        return _dimensions(data)
 
     def _fresh_data(self, seed: int) -> L.LightningDataModule:
         data = copy.deepcopy(self.data)
         if isinstance(data, _Seeded):
             data.seed = seed
-        return data if self.poison is None else PoisonedData(data, self.poison, seed)
-
-    def _score(self, scores: Any) -> float:
-        name = f"{self.split}/{self.goal.metric}"
-        if name not in scores:
-            raise ValueError(f"`goal.metric` is '{self.goal.metric}', but the model logs only {', '.join(scores)}")
-        return float(scores[name])
+        if self.poison is not None:
+            poison_batches(data, self.poison, seed)
+        return data
 
     @rank_zero_only
     def _clear(self, folder: Path) -> None:
-        if (folder / SETTINGS).exists():  # a folder that a recipe made; anything else is not ours to remove
-            shutil.rmtree(folder)
+        """Remove what recipes and TensorBoard left in the folder, and nothing else."""
+        for pattern in (SETTINGS, FINISHED, HISTORY, "events.out.tfevents.*", "hparams.yaml"):
+            for path in folder.glob(pattern):
+                path.unlink()
+        shutil.rmtree(folder / INTERRUPTED, ignore_errors=True)  # a sharded checkpoint is a folder
+        (folder / INTERRUPTED).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SETTINGS).write_text(self.settings)
 
 
-@rank_zero_only
-def _keep(run: Run, folder: Path) -> None:
-    run.save(folder / FINISHED)
-    (folder / INTERRUPTED).unlink(missing_ok=True)
-    (folder / HISTORY).unlink(missing_ok=True)
-
-
 def _dimensions(data: L.LightningDataModule) -> tuple[torch.Size, int]:
     """Return the shape of one input, and the number of outputs that its targets ask for."""
-    data.prepare_data()
+    rank_zero_only(data.prepare_data)()
     data.setup("fit")
     loader = data.train_dataloader()
-    inputs, targets = next(iter(loader))
+    batch = next(iter(loader))
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        raise ValueError(f"`data` must give batches that are pairs of tensors (inputs, targets), got {_form(batch)}")
+    inputs, targets = batch
     classes = getattr(data, "classes", None)
+    if classes is None and targets.is_floating_point():
+        classes = targets.shape[1] if targets.ndim > 1 else 1
     if classes is None:
-        classes = int(targets.shape[-1]) if targets.is_floating_point() else _largest_target(loader) + 1
+        classes = max(int(targets.max()) for _, targets in loader) + 1
     return inputs.shape[1:], int(classes)
 
 
-def _largest_target(loader: Any) -> int:
-    return max(int(targets.max()) for _, targets in loader)
+def _form(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"{type(batch).__name__}[{', '.join(type(part).__name__ for part in batch)}]"
+    return type(batch).__name__
 
 
 def _replace_progress_bar(trainer: Any, bar: StepProgressBar) -> None:

@@ -10,8 +10,8 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import R2Score
-from torchmetrics.classification import MulticlassAccuracy
 
+from recipes._classifier import ImageClassifier
 from recipes._sharding import ShardableModule
 
 __all__ = ["CellName", "PixelRNN", "SineRNN"]
@@ -19,7 +19,7 @@ __all__ = ["CellName", "PixelRNN", "SineRNN"]
 CellName = Literal["lstm", "gru", "rnn_tanh", "rnn_relu"]
 
 
-class PixelRNN(ShardableModule):
+class PixelRNN(ImageClassifier):
     """Reads an image one pixel a time step and names its class after the last one.
 
     Args:
@@ -51,37 +51,15 @@ class PixelRNN(ShardableModule):
         num_layers: PositiveInt = 1,
         recurrent_std: float | None = None,
     ) -> None:
-        super().__init__()
-        self.optimizer = optimizer
+        super().__init__(outputs, optimizer)
         self.recurrent = _recurrent(cell, 1, hidden_size, num_layers, recurrent_std)
         self.head = nn.Linear(hidden_size, outputs)
-        self.val_accuracy = MulticlassAccuracy(outputs, average="micro")
-        self.test_accuracy = MulticlassAccuracy(outputs, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(batch, *inputs)`` to logits ``(batch, outputs)``."""
         states, _ = self.recurrent(images.flatten(1).unsqueeze(-1))
         logits: Tensor = self.head(states[:, -1])
         return logits
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        loss = nn.functional.cross_entropy(self(images), labels)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        self.val_accuracy(self(images), labels)
-        self.log("val/accuracy", self.val_accuracy)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        self.test_accuracy(self(images), labels)
-        self.log("test/accuracy", self.test_accuracy)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer(self.parameters())
 
 
 class SineRNN(ShardableModule):

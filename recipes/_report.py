@@ -30,8 +30,6 @@ def write_results(runs: Sequence[Run], output: Path) -> None:
     left_out = [run for run in runs if run.without is not None]
     if left_out:
         _write_json(output / "ablation.json", left_out)
-    else:
-        (output / "ablation.json").unlink(missing_ok=True)
 
 
 def report(runs: Sequence[Run], output: Path, console: Console) -> int:
@@ -46,7 +44,8 @@ def report(runs: Sequence[Run], output: Path, console: Console) -> int:
     for table in tables:
         console.print()
         console.print(table.table())
-    console.print(POINTERS.format(output=output, tensorboard=_tensorboard()), highlight=False, soft_wrap=True)
+    pointers = POINTERS.format(output=output, tensorboard=_tensorboard())
+    console.print(pointers, highlight=False, markup=False, soft_wrap=True)
     whole = [run for run in runs if run.without is None]
     unhealed = [run for run in whole if run.variant == "healed" and not run.success]
     for run in whole:

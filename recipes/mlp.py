@@ -28,10 +28,9 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torchmetrics.classification import MulticlassAccuracy
 
+from recipes._classifier import ImageClassifier
 from recipes._main import run_recipe
-from recipes._sharding import ShardableModule
 
 __all__ = ["DeepMLP", "main"]
 
@@ -48,7 +47,7 @@ ACTIVATIONS: dict[ActivationName, type[nn.Module]] = {
 }
 
 
-class DeepMLP(ShardableModule):
+class DeepMLP(ImageClassifier):
     """Linear layers in a row, without skip connections, that name the class of an image.
 
     Args:
@@ -84,41 +83,19 @@ class DeepMLP(ShardableModule):
         weight_norm: bool = False,
         init_std: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(outputs, optimizer)
         if init_std is not None and not 0 < init_std < math.inf:
             raise ValueError(f"`init_std` must be a finite number > 0 or None, got {init_std}")
-        self.optimizer = optimizer
         *hidden, last = pairwise([inputs.numel(), *[width] * (depth - 1), outputs])
         layers: list[nn.Module] = [nn.Flatten()]
         for fan_in, fan_out in hidden:
             layers += [_linear(fan_in, fan_out, weight_norm, init_std), *_norm(norm, width), ACTIVATIONS[activation]()]
         self.layers = nn.Sequential(*layers, _linear(*last, weight_norm, init_std))
-        self.val_accuracy = MulticlassAccuracy(outputs, average="micro")
-        self.test_accuracy = MulticlassAccuracy(outputs, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(batch, *inputs)`` to logits ``(batch, outputs)``."""
         logits: Tensor = self.layers(images)
         return logits
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        loss = nn.functional.cross_entropy(self(images), labels)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        self.val_accuracy(self(images), labels)
-        self.log("val/accuracy", self.val_accuracy)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        self.test_accuracy(self(images), labels)
-        self.log("test/accuracy", self.test_accuracy)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer(self.parameters())
 
 
 def _linear(fan_in: int, fan_out: int, weight_norm: bool, init_std: float | None) -> nn.Linear:

@@ -28,47 +28,17 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from recipes._blocks import BlockKind, NormKind, ResidualBlock, Reversible, block, normed
+from recipes._classifier import ImageClassifier
 from recipes._main import run_recipe
-from recipes._sharding import ShardableModule
 
 __all__ = ["ConvNet", "ResNet18", "main"]
 
 WeightKind = Literal["torch", "he"]
 
 
-class _Classifier(ShardableModule):
-    """What the networks have in common: cross entropy, accuracy, and an optimizer made by its factory."""
-
-    def __init__(self, outputs: int, optimizer: OptimizerCallable) -> None:
-        super().__init__()
-        self.optimizer = optimizer
-        self.val_accuracy = MulticlassAccuracy(outputs, average="micro")
-        self.test_accuracy = MulticlassAccuracy(outputs, average="micro")
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        loss = nn.functional.cross_entropy(self(images), labels)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        self.val_accuracy(self(images), labels)
-        self.log("val/accuracy", self.val_accuracy)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        self.test_accuracy(self(images), labels)
-        self.log("test/accuracy", self.test_accuracy)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer(self.parameters())
-
-
-class ConvNet(_Classifier):
+class ConvNet(ImageClassifier):
     """A stem that halves the image, a row of blocks of two convolutions each, 2x2 average pooling, a linear layer.
 
     Args:
@@ -113,7 +83,7 @@ class ConvNet(_Classifier):
         return logits
 
 
-class ResNet18(_Classifier):
+class ResNet18(ImageClassifier):
     """ResNet-18 (He et al. 2015, arXiv 1512.03385).
 
     Args:

@@ -23,7 +23,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torchmetrics import MeanMetric
@@ -185,10 +185,11 @@ class Alphabet(Protocol):
 
 
 class TextSample(Callback):
-    """Lets the model write at the end of testing: into ``sample.txt`` beside the logs, and into TensorBoard.
+    """Lets the model write at the end of an evaluation: into ``sample.txt`` beside the logs, and into TensorBoard.
 
     It draws from a random stream of its own and changes nothing in the model. The data module turns characters into
-    tokens: it has ``encode``, ``decode`` and ``length``, as :class:`recipes.data.Text` does.
+    tokens: it has ``encode``, ``decode`` and ``length``, as :class:`recipes.data.Text` does; without them nothing is
+    written, with a warning.
 
     Args:
         prompt: What the model goes on from.
@@ -200,7 +201,7 @@ class TextSample(Callback):
         text: What was written, the prompt included; None before a test.
 
     Raises:
-        ValueError: If ``prompt`` is empty. At the end of testing, if the data module can't turn text into tokens.
+        ValueError: If ``prompt`` is empty.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[TextSample(prompt="The ", temperature=0.5)], logger=False)
@@ -225,10 +226,15 @@ class TextSample(Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, Alphabet):
-            raise ValueError(f"TextSample needs a data module with encode, decode and length, got {data!r}")
-        self.text = self.write(pl_module, data)  # on every process: a sharded model needs them all
-        self._log(self.text, trainer)
+        if isinstance(data, Alphabet):
+            self.text = self.write(pl_module, data)  # on every process: a sharded model needs them all
+            self._log(self.text, trainer)
+        else:
+            rank_zero_warn(f"TextSample writes nothing: {type(data).__name__} lacks encode, decode or length.")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":  # not the validation within training
+            self.on_test_end(trainer, pl_module)
 
     @torch.no_grad()
     def write(self, model: L.LightningModule, alphabet: Alphabet) -> str:

@@ -109,6 +109,8 @@ def test_table_of_pairs_compares_seed_by_seed() -> None:
     # A seed that only one variant has is left out: the command was interrupted.
     (row,) = pairs_sheet(pairs()[:-1]).rows
     assert row[1] == "2/2"
+    (row,) = pairs_sheet(pairs()[:2]).rows
+    assert row[1:4] == ("1/1", "+0.750", "-")
     (row,) = pairs_sheet([run("plain", NAN, seed=0), run("healed", 0.9, seed=0)]).rows
     assert row[1:4] == ("1/1", "not finite", "-")
 

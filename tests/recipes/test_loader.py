@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,11 @@ SAMPLES = 22
 BATCHES = 5  # of 4: the last two samples of an epoch are left out
 
 
-def loader(seed: int = 0, processes: int = 1, rank: int = 0, batch_size: int = 4) -> ResumableLoader:
-    trainer: Any = SimpleNamespace(world_size=processes, global_rank=rank)
-    return shuffled_batches(TensorDataset(torch.arange(SAMPLES)), batch_size, seed, trainer)
+def loader(
+    seed: int = 0, processes: int = 1, rank: int = 0, batch_size: int = 4, limit: float = BATCHES, workers: int = 0
+) -> ResumableLoader:
+    trainer: Any = SimpleNamespace(world_size=processes, global_rank=rank, num_training_batches=limit)
+    return shuffled_batches(TensorDataset(torch.arange(SAMPLES)), batch_size, seed, trainer, num_workers=workers)
 
 
 def epoch(batches: ResumableLoader, number: int) -> list[list[int]]:
@@ -34,9 +37,10 @@ def test_each_epoch_has_an_order_of_its_own_that_comes_back() -> None:
     assert epoch(loader(seed=1), 0) != first
 
 
-@pytest.mark.parametrize("given", list(range(BATCHES + 1)))
-def test_a_restored_loader_goes_on_after_the_batches_given(given: int) -> None:
-    whole, interrupted, restored = loader(), loader(), loader()
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("given", [0, 1, 3, BATCHES])
+def test_a_restored_loader_goes_on_after_the_batches_given(given: int, workers: int) -> None:
+    whole, interrupted, restored = loader(), loader(), loader(workers=workers)
     expected = epoch(whole, 3)
     interrupted.batch_sampler.sampler.set_epoch(3)  # type: ignore[union-attr]
     batches = iter(interrupted)
@@ -47,6 +51,13 @@ def test_a_restored_loader_goes_on_after_the_batches_given(given: int) -> None:
     assert epoch(restored, 3) == expected[given % BATCHES :]
     assert epoch(restored, 3) == expected
     assert restored.state_dict() == {"given": BATCHES}
+
+
+@pytest.mark.parametrize("limit", [3, math.inf])
+def test_an_epoch_that_lightning_cuts_short_is_a_whole_one(limit: float) -> None:
+    restored = loader(limit=limit)
+    restored.load_state_dict({"given": 3})
+    assert len(epoch(restored, 1)) == (BATCHES if limit == 3 else BATCHES - 3)
 
 
 def test_the_place_of_a_restored_loader_counts_from_the_beginning_of_the_epoch() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from recipes._poison import SCALE, Poison, PoisonedData
+from recipes._poison import SCALE, Poison, poison_batches
 from recipes.data import Digits
 
 QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -90,15 +90,15 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any]) -> None:
 def test_poison_hits_the_training_steps_it_should_across_epochs_and_no_test_batch() -> None:
     poison, seed, steps = Poison(one_in=40, first_step=3), 5, 100
     spy, clean = Spy(), Spy()
-    data = PoisonedData(Digits(batch_size=32, seed=seed), poison, seed)
-    for model, source in ((spy, data), (clean, data.data)):
+    data = Digits(batch_size=32, seed=seed)
+    poison_batches(data, poison, seed)
+    for model, source in ((spy, data), (clean, Digits(batch_size=32, seed=seed))):
         trainer = L.Trainer(max_steps=steps, accelerator="cpu", logger=False, **QUIET)
         trainer.fit(model, source)
         trainer.test(model, source, verbose=False)
     assert trainer.current_epoch >= 2
     poisoned = [step for step, batch in enumerate(spy.train_batches) if batch.isnan().any()]
     assert poisoned == [step for step in range(steps) if poison.hits(step, seed)] != []
-    assert data.poisoned_batches == len(poisoned)
     assert not any(batch.isnan().any() for batch in spy.test_batches)
     # Apart from the poison, the data are what they were.
     for batch, original in zip(spy.train_batches, clean.train_batches, strict=True):
@@ -107,56 +107,48 @@ def test_poison_hits_the_training_steps_it_should_across_epochs_and_no_test_batc
 
 def test_one_batch_of_an_accumulated_step_is_poisoned() -> None:
     poison, spy = Poison(one_in=2, first_step=0), Spy()
-    data = PoisonedData(Digits(batch_size=32), poison, seed=0)
+    data = Digits(batch_size=32)
+    poison_batches(data, poison, seed=0)
     trainer = L.Trainer(max_steps=6, accumulate_grad_batches=3, accelerator="cpu", logger=False, **QUIET)
     trainer.fit(spy, data)
     poisoned = [index for index, batch in enumerate(spy.train_batches) if batch.isnan().any()]
     assert poisoned == [3 * step for step in range(6) if poison.hits(step, seed=0)]
-    assert data.poisoned_batches == len(poisoned) == 3
+    assert len(poisoned) == 3
 
 
-def test_every_hook_of_the_data_module_is_passed_on() -> None:
-    class Recorder(L.LightningDataModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.called: list[str] = []
+class Halved(Digits):
+    """Has the hook itself."""
 
-        def __getattribute__(self, name: str) -> Any:
-            if name in HOOKS:
-                self.called.append(name)
-            return super().__getattribute__(name)
-
-        def state_dict(self) -> dict[str, Any]:
-            return {"place": 3}
-
-    inner = Recorder()
-    data = PoisonedData(inner, Poison(), seed=0)
-    data.trainer = L.Trainer(accelerator="cpu", logger=False, **QUIET)
-    calls: dict[str, tuple[Any, ...]] = {
-        "prepare_data": (),
-        "setup": ("fit",),
-        "teardown": ("fit",),
-        "on_before_batch_transfer": ([torch.zeros(1)], 0),
-        "transfer_batch_to_device": (torch.zeros(1), torch.device("cpu"), 0),
-        "on_after_batch_transfer": (torch.zeros(1), 0),
-        "load_state_dict": (data.state_dict(),),
-    }
-    for name, arguments in calls.items():
-        getattr(data, name)(*arguments)
-    assert set(calls) <= set(inner.called)
-    assert data.state_dict()["data"] == {"place": 3}
-    assert inner.trainer is data.trainer
-    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        with pytest.raises(Exception, match=loader):  # Lightning's own account of what the inner module lacks
-            getattr(data, loader)()
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] / 2, *batch[1:]]
 
 
-HOOKS = (
-    "prepare_data",
-    "setup",
-    "teardown",
-    "on_before_batch_transfer",
-    "transfer_batch_to_device",
-    "on_after_batch_transfer",
-    "load_state_dict",
-)
+class HalvingSpy(Spy):
+    """A model with the hook."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] / 2, *batch[1:]]
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer` in")
+@pytest.mark.parametrize(("model", "kind"), [(Spy, Halved), (HalvingSpy, Digits)])
+def test_the_hook_of_the_data_module_or_of_the_model_still_does_its_work(model: Any, kind: Any) -> None:
+    spies = []
+    for poisoned in (False, True):
+        spy, data = model(), kind(batch_size=32)
+        if poisoned:
+            poison_batches(data, Poison(one_in=3, first_step=0), seed=0)
+        trainer = L.Trainer(max_steps=6, accelerator="cpu", logger=False, **QUIET)
+        trainer.fit(spy, data)
+        spies.append(spy)
+    clean, spoiled = spies
+    assert clean.train_batches[0].abs().max() < 2.5  # halved
+    bad = [batch.isnan().any() for batch in spoiled.train_batches]
+    assert sum(bad) == 2
+    for batch, original in zip(spoiled.train_batches, clean.train_batches, strict=True):
+        assert torch.equal(batch.where(batch.isfinite(), original), original)
+
+
+def test_a_batch_may_lie_in_memory_as_it_likes() -> None:
+    images = torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    assert Poison().spoil(images).isnan().sum() == 1

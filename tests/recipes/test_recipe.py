@@ -181,6 +181,40 @@ def test_the_number_of_outputs_is_read_off_the_targets() -> None:
 
     assert _dimensions(Strangers(size=7)) == (torch.Size([7]), 4)
     assert _dimensions(Strangers(integers=False)) == (torch.Size([6]), 5)
+    assert _dimensions(Strangers(integers=False, targets=0)) == (torch.Size([6]), 1)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_data_module_may_lack_validation_and_ask_the_trainer_and_be_resumed(tmp_path: Path) -> None:
+    options = ["--scenario=poisoned", "--variant=healed", "--data=tests.recipes.tiny.WithoutValidation", QUIET]
+    options += ["--poison.first_step=0", "--poison.one_in=3", "--trainer.max_steps=8", "--trainer.limit_val_batches=0"]
+    assert run(tmp_path, *options, pressed(4)).code == 130
+    without_ctrl_c(tmp_path)
+    assert run(tmp_path, *options, "--resume").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--goal.metric=f1"], "`goal.metric` is 'f1', but the evaluation gave test/accuracy"),
+        (["--data=tests.recipes.tiny.WithoutTest"], "test_dataloader"),
+        (["--data=tests.recipes.tiny.Dictionaries"], "pairs of tensors (inputs, targets), got dict"),
+        (["--data.path=/nonexistent"], "/nonexistent"),
+        (["--data.batch_size=5000"], "`batch_size` is 5000, but a process has only 1077 training samples"),
+        (["--trainer.enable_checkpointing=false"], "enable_checkpointing"),
+        (["--trainer.strategy=ddp_spawn", "--trainer.devices=2"], "take ddp"),
+        (["--trainer.limit_test_batches=0"], "evaluation gave nothing"),
+    ],
+)
+def test_what_cannot_work_is_told_before_any_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--scenario=clean", *options)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("clean*"))
 
 
 def test_data_path_takes_idx_files(tmp_path: Path) -> None:
@@ -217,9 +251,9 @@ class CtrlC(Callback):
                 signal.raise_signal(signal.SIGINT)
 
 
-def without_ctrl_c(outcome: Outcome) -> None:
+def without_ctrl_c(output: Path) -> None:
     """Let a resume believe that the same command goes on: its settings do not name the one who pressed the keys."""
-    for path in outcome.output.glob("*/seed-*/config.yaml"):
+    for path in output.glob("*/seed-*/config.yaml"):
         text = path.read_text()
         start = text.index("faults:\n")
         end = text.index("plain:\n")
@@ -231,14 +265,28 @@ def pressed(step: int, times: int = 1, training: int = 1) -> str:
     return f"--faults=[{{class_path: tests.recipes.test_recipe.CtrlC, init_args: {arguments}}}]"
 
 
-@pytest.mark.parametrize("step", [0, 9, 15, 16, 18])  # 16 batches make an epoch
-def test_an_interrupted_run_goes_on_bit_for_bit(both: Outcome, tmp_path: Path, step: int) -> None:
-    options = ["--scenario=poisoned", "--variant=healed", QUIET]
+@pytest.mark.parametrize(
+    ("step", "option"),
+    [
+        (0, ""),
+        (9, ""),
+        (15, ""),  # the last batch of an epoch
+        (16, ""),
+        (19, ""),  # the last step of all
+        (9, "--data.num_workers=1"),
+        (9, "--trainer.min_steps=18"),
+    ],
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(both: Outcome, tmp_path: Path, step: int, option: str) -> None:
+    options = ["--scenario=poisoned", "--variant=healed", QUIET, *filter(None, [option])]
     stopped = run(tmp_path, *options, pressed(step))
     assert stopped.code == 130
     assert "--resume" in stopped.screen
     assert stopped.records() == []
-    without_ctrl_c(stopped)
+    history = tmp_path / "poisoned-healed" / "seed-0" / "interrupted.json"
+    assert f"[{step}, " in history.read_text()
+    assert f"[{step + 1}, " not in history.read_text()
+    without_ctrl_c(tmp_path)
     resumed = run(tmp_path, *options, "--resume")
     assert resumed.code == 0
     folder = tmp_path / "poisoned-healed" / "seed-0"
@@ -246,6 +294,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(both: Outcome, tmp_path: Path, s
     whole, parts = saved(both, "poisoned-healed"), saved(resumed, "poisoned-healed")
     assert parts.value == whole.value
     assert parts.skipped_at == whole.skipped_at
+    assert 0 < parts.seconds < 60
     for name in ("train/loss", "grad_norm/total"):
         assert list(map(repr, parts.history[name])) == list(map(repr, whole.history[name])), name
 
@@ -285,9 +334,52 @@ def test_resume_refuses_other_settings(tmp_path: Path, capsys: pytest.CaptureFix
     assert "`resume` goes on with the same settings" in line
 
 
+def test_an_epoch_cut_short_resumes_at_the_beginning_of_the_next(tmp_path: Path) -> None:
+    options = ["--scenario=clean", "--variant=plain", QUIET, "--trainer.limit_train_batches=5"]
+    whole = run(tmp_path / "whole", *options)
+    run(tmp_path / "parts", *options, pressed(4))
+    without_ctrl_c(tmp_path / "parts")
+    parts = run(tmp_path / "parts", *options, "--resume")
+    assert saved(parts, "clean-plain").history["train/loss"] == saved(whole, "clean-plain").history["train/loss"]
+
+
+def test_an_ablation_goes_on_where_it_was_interrupted(both: Outcome, tmp_path: Path) -> None:
+    options = ["--scenario=clean", "--variant=healed", "--ablate", QUIET]
+    stopped = run(tmp_path, *options, pressed(3, training=3))
+    assert stopped.code == 130
+    assert [record["without"] for record in stopped.records("ablation.json")] == ["initialization"]
+    without_ctrl_c(tmp_path)
+    resumed = run(tmp_path, *options, "--resume")
+    expected = [r["value"] for r in both.records("ablation.json") if (r["scenario"], r["seed"]) == ("clean", 0)]
+    assert [record["value"] for record in resumed.records("ablation.json")] == expected
+
+
+def test_settings_that_are_null_stay_null(tmp_path: Path) -> None:
+    options = ["--scenario=clean", "--variant=healed", QUIET, "--trainer.max_steps=5"]
+    first = run(tmp_path / "first", *options, "--healed.clipping=null", "--healed.initialization=null")
+    settings = tmp_path / "first" / "clean-healed" / "seed-0" / "config.yaml"
+    again = run(tmp_path / "again", f"--config={settings}", "--variant=healed")
+    assert saved(again, "clean-healed").history == saved(first, "clean-healed").history
+
+
+def test_what_others_put_into_the_folder_stays(tmp_path: Path) -> None:
+    thesis = tmp_path / "clean-plain" / "seed-0" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    for path in (thesis, thesis.with_name("config.yaml"), tmp_path / "ablation.json"):
+        path.write_text("mine")
+    run(tmp_path, "--scenario=clean", "--variant=plain", QUIET, "--trainer.max_steps=2")
+    assert thesis.read_text() == (tmp_path / "ablation.json").read_text() == "mine"
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):  # Lightning's answer to KeyboardInterrupt
-        run(tmp_path, "--scenario=clean", "--variant=plain", QUIET, pressed(3, times=2))
+    stopped = run(tmp_path, "--scenario=clean", "--variant=plain", QUIET, pressed(3, times=2))
+    assert stopped.code == 130
+    assert not (tmp_path / "clean-plain" / "seed-0" / "interrupted.ckpt").exists()
+    # What left no checkpoint begins anew.
+    without_ctrl_c(tmp_path)
+    resumed = run(tmp_path, "--scenario=clean", "--variant=plain", QUIET, "--resume")
+    assert resumed.code == 0
+    assert len(list((tmp_path / "clean-plain" / "seed-0").glob("events*"))) == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

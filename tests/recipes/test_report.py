@@ -45,7 +45,7 @@ def test_results_are_replaced_as_a_whole(tmp_path: Path) -> None:
     assert [record["value"] for record in json.loads((tmp_path / "results.json").read_text())] == [None, 0.9]
     assert [record["without"] for record in json.loads((tmp_path / "ablation.json").read_text())] == ["guard"]
     write_results([], tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ablation.json", "results.json"]
     assert json.loads((tmp_path / "results.json").read_text()) == []
 
 

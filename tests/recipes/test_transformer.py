@@ -262,8 +262,19 @@ def test_sampling_needs_a_prompt_and_an_alphabet(text: Text) -> None:
         TextSample(prompt="")
     model = fitted(text).lightning_module
     trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[TextSample()], **QUIET)
-    with pytest.raises(ValueError, match="TextSample needs a data module with encode, decode and length, got None"):
-        trainer.test(model, dataloaders=text.test_dataloader(), verbose=False)
+    with pytest.warns(UserWarning, match="TextSample writes nothing: NoneType lacks encode, decode or length"):
+        trainer.test(model, text.test_dataloader(), verbose=False)
+    assert trainer.callbacks[0].text is None  # type: ignore[attr-defined]
+
+
+def test_a_model_validated_alone_writes_too_but_not_within_training(text: Text) -> None:
+    trained = fitted(text)
+    sample = TextSample(characters=8)
+    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[sample], **QUIET)
+    sample.on_validation_end(trained, trained.lightning_module)
+    assert sample.text is None
+    trainer.validate(trained.lightning_module, text, verbose=False)
+    assert sample.text is not None
 
 
 # ---- from the command line

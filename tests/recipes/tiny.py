@@ -72,14 +72,17 @@ class Strangers(L.LightningDataModule):
 
     Args:
         size: Numbers a sample.
-        integers: Whether the targets are classes, or else vectors of 5 numbers.
+        integers: Whether the targets are classes, or else numbers.
+        targets: How many numbers a sample has for targets; 0 stands for one without a dimension of its own.
     """
 
-    def __init__(self, size: int = 6, integers: bool = True) -> None:
+    def __init__(self, size: int = 6, integers: bool = True, targets: int = 5) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        targets = torch.arange(40) % 4 if integers else torch.randn(40, 5, generator=generator)
-        self.samples = TensorDataset(torch.randn(40, size, generator=generator), targets)
+        numbers = torch.randn(40, targets) if targets else torch.randn(40)
+        self.samples = TensorDataset(
+            torch.randn(40, size, generator=generator), torch.arange(40) % 4 if integers else numbers
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.samples, batch_size=10, shuffle=True)
@@ -89,6 +92,34 @@ class Strangers(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.samples, batch_size=10)
+
+
+class WithoutValidation(Strangers):
+    """Trains and tests only; knows its processes from the Trainer."""
+
+    def __init__(self, folder: Path = Path("data")) -> None:
+        super().__init__()
+        self.save_hyperparameters()  # a path, too, in every checkpoint
+
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        self.processes = self.trainer.world_size
+
+    val_dataloader = L.LightningDataModule.val_dataloader
+
+
+class WithoutTest(Strangers):
+    """Cannot be tested."""
+
+    test_dataloader = L.LightningDataModule.test_dataloader
+
+
+class Dictionaries(Strangers):
+    """Gives batches in a form of its own."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        samples: Any = [{"inputs": torch.zeros(6), "targets": torch.tensor(0)}] * 10
+        return DataLoader(samples, batch_size=5)
 
 
 @dataclass
