@@ -225,6 +225,7 @@ class Recipe:
         )
         rank_zero_only(run.save)(folder / FINISHED)
         trainer.strategy.remove_checkpoint(checkpoint.path)
+        rank_zero_only((folder / HISTORY).unlink)(missing_ok=True)
         return run
 
     def _trainer(self, callbacks: list[Callback], logger: list[Logger]) -> L.Trainer:

@@ -4,10 +4,11 @@ Scenario ``exploding``: an LSTM reads handwritten digits pixel by pixel, 64 time
 learning rate of 0.5. Now and then the gradient is ten or a hundred times its usual size and throws the plain LSTM back;
 the same LSTM with an orthogonal initialisation, clipping, a warm-up and a cosine decay learns the task.
 
-Scenario ``poisoned``: one batch in a hundred holds a NaN. The first one kills the plain LSTM; the guarded one skips it
-and ends where it ends on clean data.
+Scenario ``poisoned``: one batch in a hundred holds a NaN. The first one kills the plain LSTM, at a rate at which it
+would learn; the guarded one skips it and ends where the plain one ends on clean data.
 
-Scenario ``relu_rnn``: a recurrence with ReLU and careless weights is NaN after one step; the same cure heals it.
+Scenario ``relu_rnn``: a recurrence with ReLU and careless weights is NaN after one step; the cure of ``exploding``
+heals it.
 
 Scenario ``sine``: a tanh recurrence continues sine waves. Clipping makes the difference; a decay quiets the end.
 

@@ -386,30 +386,34 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 # ---- several processes
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes(tmp_path: Path, strategy: str) -> None:
-    script = (
+def in_two_processes(output: Path, strategy: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the tiny recipe as a command of its own, for 12 steps."""
+    program = output.with_name("tiny.py")
+    program.write_text(
         "import sys, recipes._main as main; from tests.recipes.tiny import CONFIGS; main.CONFIGS = CONFIGS;"
         "sys.exit(main.run_recipe('tiny', sys.argv[1:]))"
     )
     root = Path(__file__).parents[2]
-    program = tmp_path / "tiny.py"
-    program.write_text(script)
-    options = [f"--config={root / 'configs' / 'strategy' / f'{strategy}.yaml'}", "--trainer.max_steps=12"]
-    # What an earlier command left counts for no process, whichever comes first.
-    stale = tmp_path / "runs" / "poisoned-healed" / "seed-0"
-    stale.mkdir(parents=True)
-    (stale / "config.yaml").write_text("seed: 0")
-    finished_run("healed", 0.123, scenario="poisoned").save(stale / "run.json")
-    finished = subprocess.run(
-        [sys.executable, str(program), f"--output={tmp_path / 'runs'}", "--scenario=poisoned", QUIET, *options],
+    config = f"--config={root / 'configs' / 'strategy' / f'{strategy}.yaml'}"
+    return subprocess.run(
+        [sys.executable, str(program), f"--output={output}", config, "--trainer.max_steps=12", QUIET, *options],
         capture_output=True,
         text=True,
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         check=False,
     )
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes(tmp_path: Path, strategy: str) -> None:
+    # What an earlier command left counts for no process, whichever comes first.
+    stale = tmp_path / "runs" / "poisoned-healed" / "seed-0"
+    stale.mkdir(parents=True)
+    (stale / "config.yaml").write_text("seed: 0")
+    finished_run("healed", 0.123, scenario="poisoned").save(stale / "run.json")
+    finished = in_two_processes(tmp_path / "runs", strategy, "--scenario=poisoned")
     assert finished.returncode == 0, finished.stderr[-3000:]
     outcome = Outcome(0, finished.stdout, tmp_path / "runs")
     assert [record["variant"] for record in outcome.records()] == ["plain", "healed"]
@@ -418,3 +422,17 @@ def test_two_processes(tmp_path: Path, strategy: str) -> None:
     hits = [step for step in range(12) if Poison(one_in=8, first_step=4).hits(step, seed=0)]
     assert healed.skipped_at == hits != []
     assert math.isfinite(healed.history["train/loss"][-1][1])
+
+
+@pytest.mark.timeout(240)
+def test_a_sharded_run_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    options = ["--scenario=poisoned", "--variant=healed"]
+    stopped = in_two_processes(tmp_path / "runs", "fsdp2", *options, pressed(5))
+    assert stopped.returncode == 130, stopped.stderr[-3000:]
+    without_ctrl_c(tmp_path / "runs")
+    resumed = in_two_processes(tmp_path / "runs", "fsdp2", *options, "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    run = saved(Outcome(0, "", tmp_path / "runs"), "poisoned-healed")
+    assert [step for step, _ in run.history["train/loss"]] == list(range(12))
+    folder = tmp_path / "runs" / "poisoned-healed" / "seed-0"
+    assert not list(folder.glob("interrupted*"))
