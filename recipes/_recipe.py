@@ -151,6 +151,8 @@ class Recipe:
         for path in sorted(self.output.glob(f"{self.scenario}-*/seed-*/{SETTINGS}")) if self.resume else ():
             if path.read_text() != settings:
                 raise ValueError(f"`resume` goes on with the same settings, but {path} has others; run without it")
+            if (finished := path.with_name(FINISHED)).exists():
+                Run.load(finished)  # damage is told now, too
 
     def run(self, console: Console, asked: Interruption) -> Iterator[Run]:
         """Train every run of the scenario, one after the other.

@@ -76,8 +76,15 @@ class Run:
 
     @classmethod
     def load(cls, path: Path) -> Run:
-        """Read what :meth:`save` wrote."""
-        fields = json.loads(path.read_text())
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        try:
+            fields = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; remove it, and its run will be made again") from error
         return cls(**{**fields, "goal": Goal(**fields["goal"]), "history": as_history(fields["history"])})
 
     @property

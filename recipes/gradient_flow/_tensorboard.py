@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import get_args
 
 from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
+from recipes.gradient_flow._study import StudyName
 from recipes.gradient_flow._summary import Summary
 
 __all__ = ["write_tensorboard"]
@@ -26,8 +28,9 @@ def write_tensorboard(summaries: Sequence[Summary], figures: Iterable[Path], pat
         figures: PNG files.
         path: The folder to write to.
     """
-    for old in path.rglob("events.out.tfevents.*"):
-        old.unlink()
+    for folder in (*get_args(StudyName), "figures"):  # others may keep their logs beside ours
+        for old in (path / folder).rglob("events.out.tfevents.*"):
+            old.unlink()
     for (study, activation, name), group in groupby(summaries, key=lambda each: each.setting[:3]):
         with SummaryWriter(path / study / activation / name) as writer:
             for summary in group:

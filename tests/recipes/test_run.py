@@ -65,3 +65,9 @@ def test_a_run_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
 def test_names_tell_variants_apart() -> None:
     assert run("plain").name == "exploding-plain"
     assert run("healed", without="clipping").name == "exploding-healed-without-clipping"
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"scenario": ')
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        Run.load(tmp_path / "run.json")
