@@ -10,7 +10,7 @@ from typing import Any
 
 from recipes._paired import compare_in_pairs
 from recipes._run import Goal, Run
-from recipes._sheet import Sheet
+from recipes._sheet import Cell, Sheet
 
 __all__ = ["ablation_sheet", "number", "pairs_sheet", "records", "run_sheet", "seeds_sheet", "sheets", "verdict"]
 
@@ -49,8 +49,7 @@ def run_sheet(runs: Sequence[Run]) -> Sheet:
             f"{run.largest_gradient_norm:.3g} / {run.median_gradient_norm:.3g}",
             str(run.skipped_steps),
             f"{run.seconds:.1f} s",
-            verdict(run),
-            color=_color(run.success),
+            Cell(verdict(run), _color(run.success)),
         )
     return sheet
 
@@ -69,8 +68,7 @@ def seeds_sheet(runs: Sequence[Run]) -> Sheet:
             " ".join(number(run.value, short=True) for run in group),
             f"{statistics.fmean(run.skipped_steps for run in group):.3g}",
             f"{statistics.fmean(run.seconds for run in group):.1f} s",
-            f"{successes}/{len(group)} {_bound(group[0].goal)}",
-            color=_color(successes == len(group)),
+            Cell(f"{successes}/{len(group)} {_bound(group[0].goal)}", _color(successes == len(group))),
         )
     return sheet
 
@@ -118,8 +116,7 @@ def ablation_sheet(runs: Sequence[Run]) -> Sheet:
             "whole" if without is None else f"without {without}",
             _spread([run.value for run in group]),
             "" if without is None else f"{change:+.3f}" if math.isfinite(change) else "not finite",
-            f"{successes}/{len(group)} {_bound(group[0].goal)}",
-            color=_color(successes == len(group)),
+            Cell(f"{successes}/{len(group)} {_bound(group[0].goal)}", _color(successes == len(group))),
         )
     return sheet
 

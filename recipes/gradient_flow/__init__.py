@@ -18,7 +18,7 @@ from recipes.gradient_flow._network import ACTIVATIONS, ActivationName, network
 from recipes.gradient_flow._records import records, write_records
 from recipes.gradient_flow._study import Observation, Setting, observe, settings
 from recipes.gradient_flow._summary import Summary, summarize
-from recipes.gradient_flow._tables import Sheet, depth_sheets, initialization_sheet, markdown, rich_table
+from recipes.gradient_flow._tables import depth_sheets, initialization_sheet
 from recipes.gradient_flow._tensorboard import write_tensorboard
 from recipes.gradient_flow._verdict import RULE, Verdict, verdict
 
@@ -29,7 +29,6 @@ __all__ = [
     "Measurement",
     "Observation",
     "Setting",
-    "Sheet",
     "Summary",
     "Verdict",
     "depth_sheets",
@@ -37,12 +36,10 @@ __all__ = [
     "draw_depths",
     "draw_initializations",
     "initialization_sheet",
-    "markdown",
     "measure",
     "network",
     "observe",
     "records",
-    "rich_table",
     "settings",
     "summarize",
     "verdict",

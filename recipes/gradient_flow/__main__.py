@@ -18,7 +18,7 @@ from recipes.gradient_flow._network import ActivationName
 from recipes.gradient_flow._records import write_records
 from recipes.gradient_flow._study import Observation, Setting, StudyName, observe, settings
 from recipes.gradient_flow._summary import Summary, summarize
-from recipes.gradient_flow._tables import depth_sheets, initialization_sheet, markdown, rich_table
+from recipes.gradient_flow._tables import depth_sheets, initialization_sheet
 from recipes.gradient_flow._tensorboard import write_tensorboard
 from recipes.gradient_flow._verdict import RULE
 from stability_callbacks.initialization import Policy
@@ -142,11 +142,11 @@ def report(observations: Sequence[Observation], output: Path, console: Console) 
     write_records(observations, output / "results.json")
     write_tensorboard(summaries, figures, output / "tensorboard")
     pictures = [f"![{figure.stem}]({figure.name})" for figure in figures]
-    parts = ["# Gradient flow at initialisation", LEGEND, *map(markdown, sheets), *pictures]
+    parts = ["# Gradient flow at initialisation", LEGEND, *(sheet.markdown() for sheet in sheets), *pictures]
     (output / "summary.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     for sheet in sheets:
         console.print()
-        console.print(rich_table(sheet))
+        console.print(sheet.table())
     console.print()
     console.print(LEGEND, highlight=False, markup=False)
     console.print(POINTERS.format(output=output, figures=", ".join(map(str, figures))), highlight=False, soft_wrap=True)

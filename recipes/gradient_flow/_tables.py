@@ -4,63 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
-
+from recipes._sheet import Cell, Sheet
 from recipes.gradient_flow._summary import Summary
 from recipes.gradient_flow._verdict import Verdict
 
-__all__ = ["MARKS", "Sheet", "depth_sheets", "initialization_sheet", "markdown", "rich_table"]
+__all__ = ["MARKS", "depth_sheets", "initialization_sheet"]
 
 MARKS: dict[Verdict, str] = {"vanishing": "↓", "exploding": "↑", "sound": ""}
-_STYLES: dict[Verdict, str] = {"vanishing": "yellow", "exploding": "red", "sound": "green"}
-
-
-class Cell(NamedTuple):
-    """A number or a word, and the verdict that gives it its colour."""
-
-    text: str
-    verdict: Verdict | None = None
-
-
-class Sheet(NamedTuple):
-    """A table, before it is known where it is shown.
-
-    Attributes:
-        title: Above it.
-        headings: Of the columns.
-        rows: Cells; of each row the first is an activation, the second an initialisation.
-    """
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+_COLORS: dict[Verdict, str] = {"vanishing": "yellow", "exploding": "red", "sound": "green"}
 
 
 def initialization_sheet(summaries: Sequence[Summary]) -> Sheet:
     """One row an activation and initialisation: medians over the seeds."""
     depth, seeds = summaries[0].setting.depth, len(summaries[0].observations)
-    rows = [
-        (
-            Cell(each.setting.activation),
-            Cell(each.setting.initialization),
-            Cell(_number(each.of(lambda m: m.first).median)),
-            Cell(_number(each.of(lambda m: m.last).median)),
-            Cell(_ratio(each.of(lambda m: m.ratio).median)),
-            Cell(_ratio(each.of(lambda m: m.inner_ratio).median) if depth > 3 else "-"),
-            Cell(_number(each.of(lambda m: m.signal).median)),
-            Cell(_opinion(each), each.verdict),
+    title = f"Initialisations, {depth} layers: medians of {_seeds(seeds)}"
+    columns = ("activation", "init", "first", "last", "ratio", "inner", "signal", "verdict")
+    sheet = Sheet(title, columns, labels=2)
+    for each in summaries:
+        sheet.add(
+            each.setting.activation,
+            each.setting.initialization,
+            _number(each.of(lambda m: m.first).median),
+            _number(each.of(lambda m: m.last).median),
+            _ratio(each.of(lambda m: m.ratio).median),
+            _ratio(each.of(lambda m: m.inner_ratio).median) if depth > 3 else "-",
+            _number(each.of(lambda m: m.signal).median),
+            Cell(_opinion(each), _COLORS[each.verdict]),
         )
-        for each in summaries
-    ]
-    return Sheet(
-        f"Initialisations, {depth} layers: medians of {_seeds(seeds)}",
-        ("activation", "init", "first", "last", "ratio", "inner", "signal", "verdict"),
-        rows,
-    )
+    return sheet
 
 
 def depth_sheets(summaries: Sequence[Summary]) -> list[Sheet]:
@@ -72,35 +44,16 @@ def depth_sheets(summaries: Sequence[Summary]) -> list[Sheet]:
     ]
 
 
-def markdown(sheet: Sheet) -> str:
-    """The table in Markdown, with its title as a heading."""
-    lines = [
-        sheet.headings,
-        ["---", "---", *["---:"] * (len(sheet.headings) - 2)],
-        *([cell.text for cell in row] for row in sheet.rows),
-    ]
-    return "\n".join([f"## {sheet.title}", "", *(f"| {' | '.join(line)} |" for line in lines)])
-
-
-def rich_table(sheet: Sheet) -> Table:
-    """The table for a screen, one section an activation."""
-    table = Table(title=sheet.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for column, heading in enumerate(sheet.headings):
-        table.add_column(heading, justify="left" if column < 2 or heading == "verdict" else "right", no_wrap=True)
-    for row, following in zip(sheet.rows, [*sheet.rows[1:], None], strict=True):
-        cells = [Text(cell.text, style=_STYLES[cell.verdict] if cell.verdict else "") for cell in row]
-        table.add_row(*cells, end_section=following is not None and following[0] != row[0])
-    return table
-
-
 def _by_depth(title: str, summaries: Sequence[Summary], show: Callable[[Summary], str]) -> Sheet:
     depths = list(dict.fromkeys(each.setting.depth for each in summaries))
     lines: dict[tuple[str, str], list[Cell]] = {}
     for each in summaries:
         cells = lines.setdefault((each.setting.activation, each.setting.initialization), [])
-        cells.append(Cell(show(each) + MARKS[each.verdict], each.verdict))
-    rows = [(Cell(activation), Cell(name), *cells) for (activation, name), cells in lines.items()]
-    return Sheet(title, ("activation", "init", *map(str, depths)), rows)
+        cells.append(Cell(show(each) + MARKS[each.verdict], _COLORS[each.verdict]))
+    sheet = Sheet(title, ("activation", "init", *map(str, depths)), labels=2)
+    for (activation, name), cells in lines.items():
+        sheet.add(activation, name, *cells)
+    return sheet
 
 
 def _first(summary: Summary) -> str:

@@ -32,12 +32,10 @@ from recipes.gradient_flow import (
     draw_depths,
     draw_initializations,
     initialization_sheet,
-    markdown,
     measure,
     network,
     observe,
     records,
-    rich_table,
     summarize,
     verdict,
     write_records,
@@ -314,7 +312,7 @@ def test_the_tables_of_the_defaults_fit_whatever_the_numbers(recipe: GradientFlo
         sheets = [initialization_sheet(summaries)] if study == "initializations" else depth_sheets(summaries)
         for sheet in sheets:
             console = Console(file=io.StringIO(), width=200)
-            assert console.measure(rich_table(sheet)).maximum <= 80
+            assert console.measure(sheet.table()).maximum <= 80
 
 
 def test_the_numbers_in_the_tables_are_medians_over_the_seeds(finished: Finished) -> None:
@@ -387,8 +385,8 @@ def test_numbers_that_no_logarithm_shows_are_drawn_and_recorded(tmp_path: Path) 
         draw(summaries, tmp_path / "figure.png")
     _, ratios = depth_sheets(summaries)
     assert [row[-1].text for row in ratios.rows] == ["inf↑", "0/0↓", "1e-300↓"]
-    assert "| relu | b | 0/0↓ |" in markdown(ratios)
-    assert rich_table(ratios).row_count == 3
+    assert "| relu | b | 0/0↓ |" in ratios.markdown()
+    assert ratios.table().row_count == 3
 
 
 def test_each_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
