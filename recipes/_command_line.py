@@ -35,9 +35,9 @@ CLASSES = ("model", "data")
 """Options whose default class is explained by --help, option by option."""
 
 OBJECTS = """\
-Scenarios: {scenarios}. An option that takes an object accepts a class, and that class's arguments as options of their
-own: --optimizer torch.optim.Adam --optimizer.lr 0.001 --trainer.max_steps 1000 (--optimizer.help torch.optim.Adam lists
-them). """
+Scenarios: {scenarios}; the defaults below are those of "{scenario}". An option that takes an object accepts a class,
+and that class's arguments as options of their own: --optimizer torch.optim.Adam --optimizer.lr 0.001
+--trainer.max_steps 1000 (--optimizer.help torch.optim.Adam lists them). """
 
 FILES = "All options can stand in a YAML file (--config FILE); --print_config shows one that is complete."
 
@@ -83,10 +83,15 @@ def scenarios_from_command_line(config: Path, argv: Sequence[str] | None = None)
     if asked not in (*files, ALL):
         _parser(Recipe, config.stem, [config]).error(f"scenario: expected {', '.join([*files, ALL])}; got {asked}")
     if asked == ALL and any(word.startswith("--print_config") for word in argv):
-        _parser(Recipe, config.stem, [config]).error("--print_config shows one scenario: choose it with --scenario")
+        _parser(Recipe, config.stem, [config]).error("print_config shows one scenario: choose it with --scenario")
     recipes = []
     for name in files if asked == ALL else [asked]:
-        parser = _parser(Recipe, config.stem, [config, files[name]], OBJECTS.format(scenarios=", ".join([*files, ALL])))
+        parser = _parser(
+            Recipe,
+            config.stem,
+            [config, files[name]],
+            OBJECTS.format(scenarios=", ".join([*files, ALL]), scenario=name),
+        )
         options = parser.parse_args(argv)
         options["scenario"] = name
         recipes.append(_make(Recipe, parser, options))
@@ -100,10 +105,9 @@ def scenarios_from_command_line(config: Path, argv: Sequence[str] | None = None)
 
 def _with_values(argv: Sequence[str]) -> list[str]:
     """Let ``--ablate`` stand for ``--ablate=true``."""
-    following = [*argv[1:], ""]
     return [
-        f"{word}=true" if word in FLAGS and next_word.lower() not in ("true", "false") else word
-        for word, next_word in zip(argv, following, strict=True)
+        f"{word}=true" if word in FLAGS and following.lower() not in ("true", "false") else word
+        for word, following in zip(argv, [*argv[1:], ""], strict=False)
     ]
 
 
@@ -140,7 +144,17 @@ def _settings(parser: _Parser, options: Namespace) -> str:
     kept = options.clone()
     for name in SELECTION:
         kept.pop(name, None)
+    _make_plain(kept)
     return str(parser.dump(kept, skip_none=False, skip_validation=True))
+
+
+def _make_plain(options: Namespace) -> None:
+    """Turn restricted numbers, such as PositiveInt, into those that YAML knows; one may come from another class."""
+    for key, value in vars(options).items():
+        if isinstance(value, Namespace):
+            _make_plain(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(options, key, int(value) if isinstance(value, int) else float(value))
 
 
 def _make(recipe: Callable[..., T], parser: _Parser, options: Namespace) -> T:

@@ -70,7 +70,7 @@ class ImageData(L.LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} has no images of its own: give it a `path`")
 
     def setup(self, stage: str) -> None:
-        train, val, test = self.built_in() if self.path is None else _of_folder(self.path)
+        train, val, test = self.built_in() if self.path is None else _of_folder(self.path.expanduser())
         self.classes = int(train.labels.max()) + 1
         # Pooled first, so that what the network sees has zero mean and unit variance.
         pooled = [_pooled(part.images, self.side) for part in (train, val, test)]

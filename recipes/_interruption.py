@@ -114,4 +114,6 @@ class InterruptCheckpoint(Checkpoint):
         if asked:
             trainer.save_checkpoint(self.path)
             self.stopped = trainer.should_stop = True
+            if not trainer.is_last_batch:
+                trainer.limit_val_batches = 0  # Lightning would validate now, and again where the epoch ends
             trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None  # which would go on all the same

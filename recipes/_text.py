@@ -73,12 +73,12 @@ class Text(L.LightningDataModule):
         self.batch_size = batch_size
         self.length = length
         self.seed = seed
-        self.path = path
+        self.path = None if path is None else path.expanduser()
         self.max_windows = max_windows
         self.vocabulary = []
         self._parts: dict[Split, Tensor] = {}
-        if path is not None:
-            _text_files(path)
+        if self.path is not None:
+            _text_files(self.path)
 
     @property
     def classes(self) -> int:

@@ -158,6 +158,18 @@ def test_a_scenario_is_what_its_file_changes(tmp_path: Path) -> None:
     assert alone.poison == poisoned.poison
 
 
+def test_no_options_at_all_mean_every_scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [recipe.scenario for recipe in scenarios_from_command_line(TINY, [])] == ["clean", "poisoned"]
+    assert (tmp_path / "runs" / "tiny").is_dir()
+
+
+def test_options_of_one_class_may_be_left_to_another(tmp_path: Path) -> None:
+    argv = options(tmp_path, "--scenario=clean", "--data=tests.recipes.tiny.Batched")  # the file says batch_size: 64
+    (recipe,) = scenarios_from_command_line(TINY, argv)
+    assert "batch_size: 64" in recipe.settings
+
+
 def test_options_and_files_reach_every_scenario(tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("goal: {threshold: 0.25}\ndata: {init_args: {batch_size: 16}}")
@@ -230,7 +242,7 @@ def test_help_of_every_recipe_explains_every_option(capsys: pytest.CaptureFixtur
     assert len(text.splitlines()) < 170
     assert "class_path" not in text
     scenarios = [path.stem for path in sorted(config.with_suffix("").glob("*.yaml"))]
-    assert f"Scenarios: {', '.join([*scenarios, 'all'])}." in " ".join(text.split())
+    assert f"Scenarios: {', '.join([*scenarios, 'all'])};" in " ".join(text.split())
     entries = [" ".join(entry.split()) for entry in text.split("\n  --")[1:]]
     assert len(entries) > 25
     for entry in entries:

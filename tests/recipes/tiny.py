@@ -94,6 +94,13 @@ class Strangers(L.LightningDataModule):
         return DataLoader(self.samples, batch_size=10)
 
 
+class Batched(Strangers):
+    """Has an option that the built-in data have, too."""
+
+    def __init__(self, batch_size: int = 32) -> None:
+        super().__init__()
+
+
 class WithoutValidation(Strangers):
     """Trains and tests only; knows its processes from the Trainer."""
 
