@@ -28,14 +28,13 @@ from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnect
 
 from benchmarks._models import MODELS, Classifier, LogsGradNorm
 from stability_callbacks import FlightRecorder, Rollback, StepGuard, stability_suite
-from stability_callbacks.callbacks._lifecycle import StepLifecycle
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep
+from stability_callbacks.engine import StepLife, StepLifecycle
 
 _LOG_EVERY = 50  # the Trainer's default
 
 _OURS = [
-    (StepLifecycle, ("begin_batch", "note_loss", "measure", "end_batch")),
-    (OptimizerStep, ("act", "_after_step")),
+    (StepLifecycle, ("begin_batch", "add_loss", "measure", "end_batch")),
+    (StepLife, ("act", "_after_arithmetic")),
 ]
 _THEIRS = [
     (Precision, ("clip_gradients",)),

@@ -56,9 +56,9 @@ from stability_callbacks import (
     StepGuard,
     TrainingDivergedError,
 )
-from stability_callbacks.callbacks._training_state import averaged_models
 from stability_callbacks.clipping import NormClip
 from stability_callbacks.detection import InputRange, NonFinite, Spike
+from stability_callbacks.engine import averaged_models
 from stability_callbacks.faults import Fault, named_tensors
 from stability_callbacks.schedules import WarmupCosine
 

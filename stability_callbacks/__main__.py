@@ -127,8 +127,8 @@ def _report(chosen: Namespace) -> int:
 
 
 def _replay(chosen: Namespace) -> int:
-    from stability_callbacks.callbacks._replay import ReplayError, build_model, import_factory, replay
     from stability_callbacks.diagnosis import BundleError, read_bundle
+    from stability_callbacks.replay import ReplayError, build_model, import_factory, replay
 
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

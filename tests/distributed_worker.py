@@ -30,9 +30,8 @@ from stability_callbacks import (
     StepGuard,
     TrainingDivergedError,
 )
-from stability_callbacks.callbacks._base import StabilityCallback
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep
 from stability_callbacks.clipping import NormClip, ValueClip
+from stability_callbacks.engine import OptimizerStep, StabilityCallback
 from stability_callbacks.schedules import WarmupCosine
 from tests.models import (
     OptimizerFactory,

@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor
 from stability_callbacks import FlightRecorder, Rollback, StepGuard, TrainingDivergedError
 from stability_callbacks.callbacks import flight_recorder
 from stability_callbacks.callbacks import rollback as rollback_module
-from stability_callbacks.callbacks._base import StabilityCallback
 from stability_callbacks.detection import InputRange, NonFinite, Spike
 from stability_callbacks.diagnosis import Incident, IncidentLog, _bundle
+from stability_callbacks.engine import StabilityCallback
 from tests.distributed_worker import NAN, OPTIMIZERS, PROCESSES, Batch, FaultyModel, Saver, rank, train
 from tests.models import OptimizerFactory, ResumableLoader, make_batches, sgd
 

@@ -24,10 +24,12 @@ STOREYS = {
     "_patterns": 0,
     "_validation": 0,
     "gradient_pass": 1,
-    "callbacks": 3,
-    "suite": 4,
-    "__main__": 5,
-    "": 5,
+    "engine": 3,
+    "callbacks": 4,
+    "replay": 4,
+    "suite": 5,
+    "__main__": 6,
+    "": 6,
 }
 
 

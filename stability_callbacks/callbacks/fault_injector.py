@@ -15,10 +15,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from stability_callbacks._validation import check_instance
-from stability_callbacks.callbacks._base import StabilityCallback
-from stability_callbacks.callbacks._lifecycle import StepLifecycle
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep
-from stability_callbacks.callbacks._step_clock import StepClock
+from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, StepClock, Training
+from stability_callbacks.engine._lightning import should_accumulate
 from stability_callbacks.faults import (
     Fault,
     GradientMarks,
@@ -88,6 +86,8 @@ class FaultInjector(StabilityCallback):
         ``stability/injected_faults``: number of faults put into training so far.
     """
 
+    phase = Phase.FAULT
+
     _injected: list[Injection]
     _due: list[Fault]
     _step: int | None
@@ -129,17 +129,17 @@ class FaultInjector(StabilityCallback):
         if stage == "fit" and trainer.global_step == 0:
             self._reset()
 
-    def prepare(self, lifecycle: StepLifecycle) -> None:
-        self._rank = lifecycle.trainer.global_rank
+    def prepare(self, training: Training) -> None:
+        self._rank = training.processes.rank
         self._step, self._inputs_checked = None, False
-        self._clock.prepare(lifecycle, [])
+        self._clock.prepare(training, [])
         for fault in self.faults:
-            _check_fit(fault, lifecycle)
+            _check_fit(fault, training)
         rank_zero_warn(f"FaultInjector puts faults into this training on purpose: {', '.join(map(repr, self.faults))}.")
 
     # ---- where faults come in
 
-    def tamper(self, batch: Any, batch_idx: int) -> None:
+    def inject_before_forward(self, batch: Any, batch_idx: int) -> None:
         if not self._inputs_checked:
             self._inputs_checked = True
             self._check_inputs(batch)
@@ -153,16 +153,14 @@ class FaultInjector(StabilityCallback):
             elif fault.target == "activation":
                 self._set_trap(fault)
 
-    def tamper_with_loss(self, loss: Tensor) -> None:
+    def inject_before_backward(self, loss: Tensor) -> None:
         for fault in self._due_now("loss"):
             self._note(fault, "")
             if fault.hits(self._rank):
                 with torch.enable_grad():
                     loss.mul_(fault.factor)
-        lifecycle = self._lifecycle
-        assert lifecycle is not None
-        if self._due_now("gradient") and not lifecycle.trainer.fit_loop._should_accumulate():
-            self._marks = GradientMarks(lifecycle.named_parameters)
+        if self._due_now("gradient") and not should_accumulate(self.training.trainer):
+            self._marks = GradientMarks(self.training.named_parameters)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._marks is not None:
@@ -190,7 +188,7 @@ class FaultInjector(StabilityCallback):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._remove_traps()
-        if not trainer.fit_loop._should_accumulate():
+        if not should_accumulate(trainer):
             self._give_batches_back()
             for fault in self._due:
                 rank_zero_warn(
@@ -215,17 +213,15 @@ class FaultInjector(StabilityCallback):
     # ---- private
 
     def _candidates(self, target: str, batch: Any) -> Iterable[tuple[str, Tensor]]:
-        lifecycle = self._lifecycle
-        assert lifecycle is not None
         if target == "input":
             return named_tensors(batch, "batch")
         if target == "weight":
-            return lifecycle.named_parameters
+            return self.training.named_parameters
         if target == "buffer":
-            return lifecycle.module.named_buffers()
+            return self.training.module.named_buffers()
         return [
             named
-            for step in lifecycle.steps.values()
+            for step in self.training.steps.values()
             for named in named_optimizer_state(step.optimizer, step.parameters)
         ]
 
@@ -241,9 +237,8 @@ class FaultInjector(StabilityCallback):
         self._note(fault, spot.name)
 
     def _set_trap(self, fault: Fault) -> None:
-        assert self._lifecycle is not None
         assert self._step is not None
-        modules = self._lifecycle.module.named_modules()
+        modules = self.training.module.named_modules()
         on_hit = partial(self._note, fault)
         self._traps.append(OutputTrap(fault, self._step, modules, on_hit, armed=fault.hits(self._rank)))
 
@@ -312,9 +307,9 @@ def _check_faults(faults: Any) -> list[Fault]:
     return [check_instance(f"faults[{index}]", fault, Fault, "a fault") for index, fault in enumerate(faults)]
 
 
-def _check_fit(fault: Fault, lifecycle: StepLifecycle) -> None:
+def _check_fit(fault: Fault, training: Training) -> None:
     """Refuse a fault that the model or the number of processes has nothing for."""
-    module, world_size = lifecycle.module, lifecycle.trainer.world_size
+    module, world_size = training.module, training.trainer.world_size
     if fault.rank is not None and fault.rank >= world_size:
         raise MisconfigurationException(
             f"`rank` must be < {world_size}, the number of processes, got rank={fault.rank} in {fault!r}"
@@ -322,8 +317,8 @@ def _check_fit(fault: Fault, lifecycle: StepLifecycle) -> None:
     all_names = {
         "activation": [name for name, _ in module.named_modules() if name],
         "buffer": [name for name, _ in module.named_buffers()],
-        "gradient": [name for name, parameter in lifecycle.named_parameters if parameter.requires_grad],
-        "weight": [name for name, _ in lifecycle.named_parameters],
+        "gradient": [name for name, parameter in training.named_parameters if parameter.requires_grad],
+        "weight": [name for name, _ in training.named_parameters],
     }
     names = all_names.get(fault.target)
     if names is not None and not any(map(fault.fits, names)):

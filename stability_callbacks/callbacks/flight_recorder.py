@@ -19,11 +19,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stability_callbacks._validation import check_bool, check_integer, check_path
-from stability_callbacks.callbacks._base import StabilityCallback
-from stability_callbacks.callbacks._lifecycle import StepLifecycle
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep
-from stability_callbacks.callbacks._step_record import PendingRecord, StepRecord
-from stability_callbacks.callbacks._training_step import loss_of
 from stability_callbacks.detection import input_magnitude
 from stability_callbacks.diagnosis import (
     Cause,
@@ -33,15 +28,22 @@ from stability_callbacks.diagnosis import (
     StepHistory,
     find_cause,
     isolated,
+    kind_of,
     make_room,
     tensor_bytes,
     write_bundle,
 )
+from stability_callbacks.engine import (
+    OptimizerStep,
+    PendingRecord,
+    Phase,
+    StabilityCallback,
+    StepRecord,
+    Training,
+    loss_of,
+)
 
 __all__ = ["FlightRecorder"]
-
-# Incidents that a batch, the weights and the random state can bring up again.
-_BUNDLED = ("input", "nonfinite", "spike")
 
 # While the verdict of steps still lies on the device, their batches are kept; the oldest go when they take more.
 _MOST_PENDING_BYTES = 256 * 2**20
@@ -92,6 +94,8 @@ class FlightRecorder(StabilityCallback):
     Metrics:
         ``stability/incidents``: number of incidents so far; ``stability/incidents/<kind>``: by kind.
     """
+
+    phase = Phase.RECORD
 
     _summary: dict[str, _Summary]
     _histories: dict[str, StepHistory]
@@ -145,14 +149,14 @@ class FlightRecorder(StabilityCallback):
                 self._reset()
             self._forget()
 
-    def prepare(self, lifecycle: StepLifecycle) -> None:
-        trainer = lifecycle.trainer
+    def prepare(self, training: Training) -> None:
+        trainer = training.trainer
         self._directory = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "flight_record"
-        self._histories = {step.label: StepHistory(self.history) for step in lifecycle.steps.values()}
+        self._histories = {step.label: StepHistory(self.history) for step in training.steps.values()}
 
     # ---- what is kept of each step
 
-    def look_at(self, batch: Any, batch_idx: int, first: bool) -> None:
+    def on_micro_batch(self, batch: Any, batch_idx: int, first: bool) -> None:
         if first:
             self._window = []
         if self.save_batch or self.trace:
@@ -161,7 +165,7 @@ class FlightRecorder(StabilityCallback):
     def before_update(self, step: OptimizerStep) -> None:
         self._rates[step.label] = step.rates.effective()
 
-    def note(self, step: OptimizerStep, record: PendingRecord) -> None:
+    def on_step_finished(self, step: OptimizerStep, record: PendingRecord) -> None:
         assert step.gradients is not None
         norms = step.gradients.norms()
         self._histories[step.label].add(
@@ -179,26 +183,26 @@ class FlightRecorder(StabilityCallback):
             self._pending[step.label, record.global_step] = self._window
             self._drop_batches_that_take_too_much()
 
-    def account(self, record: StepRecord) -> None:
+    def on_step_record(self, record: StepRecord) -> None:
         if not record.skipped:
             self._pending.pop((record.optimizer, record.global_step), None)
 
     # ---- what happens when something happened
 
     def on_incident(self, incident: Incident) -> None:
-        if self._lifecycle is not None and incident.optimizer is None and not self._queue:
+        if incident.optimizer is None and not self._queue:
             # All processes tell the same, there is no batch to look at, and a checkpoint may follow right away.
-            self._write(self._lifecycle, incident)
+            self._write(self.training, incident)
         else:
             self._queue.append(incident)
 
-    def after_batch(self, lifecycle: StepLifecycle) -> None:
+    def after_batch(self, training: Training) -> None:
         # In canonical order this comes before a rollback, so the weights are still those of the step.
-        self._write_queue(lifecycle, trace=self.trace)
+        self._write_queue(training, trace=self.trace)
 
-    def finish_training(self, lifecycle: StepLifecycle) -> None:
-        self._write_queue(lifecycle, trace=False)
-        if self._summary and lifecycle.trainer.is_global_zero:
+    def finish_training(self, training: Training) -> None:
+        self._write_queue(training, trace=False)
+        if self._summary and training.trainer.is_global_zero:
             Console().print(self._table())
         self._forget()
 
@@ -208,45 +212,45 @@ class FlightRecorder(StabilityCallback):
 
     # ---- private
 
-    def _write_queue(self, lifecycle: StepLifecycle, trace: bool) -> None:
+    def _write_queue(self, training: Training, trace: bool) -> None:
         queue, self._queue = self._queue, []
         for reported in queue:
             evidence = dict(reported.evidence)
             found_here = bool(evidence.pop("found_here", True))
             incident = replace(reported, evidence=evidence)
-            if lifecycle.distributed or lifecycle.trainer.is_global_zero:
-                self._write(lifecycle, self._examine(lifecycle, incident, found_here, trace))
+            if training.processes.several or training.trainer.is_global_zero:
+                self._write(training, self._examine(training, incident, found_here, trace))
 
-    def _write(self, lifecycle: StepLifecycle, incident: Incident) -> None:
+    def _write(self, training: Training, incident: Incident) -> None:
         self._count(incident)
-        if lifecycle.trainer.is_global_zero:
+        if training.trainer.is_global_zero:
             self._try(partial(IncidentLog(self._directory / "incidents.jsonl").append, incident))
 
-    def _examine(self, lifecycle: StepLifecycle, incident: Incident, found_here: bool, trace: bool) -> Incident:
+    def _examine(self, training: Training, incident: Incident, found_here: bool, trace: bool) -> Incident:
         """Look for the cause of an incident, and let the process in which it began write a bundle and tell of it."""
         window = self._pending.pop((incident.optimizer, incident.step), [])
         cause = None
         nonfinite = "nonfinite" in str(incident.evidence.get("votes"))
         if trace and window and found_here and nonfinite and self._few_of(incident.kind):
-            cause = self._find_cause(lifecycle, window)
+            cause = self._find_cause(training, window)
         # Gradients that one process has ruined are ruined in all: what tells them apart is where the fault came up
         # again, and where the batch or the process's own loss shows it.
         reproduced = cause is not None and cause.reproduced
         bad_batch = found_here and nonfinite and _is_nonfinite(window)
         own_loss = float(incident.evidence.get("own_loss", 0.0))
-        signs = lifecycle.gather((reproduced, bad_batch, found_here, own_loss if isfinite(own_loss) else inf))
+        signs = training.processes.gather((reproduced, bad_batch, found_here, own_loss if isfinite(own_loss) else inf))
         began_in = [rank for rank, each in enumerate(signs) if each == max(signs)]
-        if not lifecycle.distributed or lifecycle.trainer.global_rank == began_in[0]:
-            incident = self._with_bundle(lifecycle, incident, window, cause)
-        if not lifecycle.distributed:
+        if not training.processes.several or training.processes.rank == began_in[0]:
+            incident = self._with_bundle(training, incident, window, cause)
+        if not training.processes.several:
             return incident
-        incident = lifecycle.gather(incident)[began_in[0]]
+        incident = training.processes.gather(incident)[began_in[0]]
         if len(began_in) > 1 and any(max(signs)[:2]):
             incident.evidence["ranks"] = ", ".join(map(str, began_in))
         return incident
 
     def _with_bundle(
-        self, lifecycle: StepLifecycle, incident: Incident, window: list[_MicroBatch], cause: Cause | None
+        self, training: Training, incident: Incident, window: list[_MicroBatch], cause: Cause | None
     ) -> Incident:
         """The incident with its cause and its bundle, which is written if that is possible."""
         if cause is not None:
@@ -257,8 +261,8 @@ class FlightRecorder(StabilityCallback):
                 source=cause.source,
                 evidence={**incident.evidence, "cause": cause.explanation, "phase": cause.phase or ""},
             )
-        if self.max_bundles and incident.kind in _BUNDLED:
-            path = self._try(partial(self._write_bundle, lifecycle, incident, window, cause))
+        if self.max_bundles and kind_of(incident.kind).bundled:
+            path = self._try(partial(self._write_bundle, training, incident, window, cause))
             if path is not None:
                 incident = replace(incident, bundle=str(path.relative_to(self._directory)))
         return incident
@@ -267,8 +271,8 @@ class FlightRecorder(StabilityCallback):
         """Whether the cause of another incident of a kind is worth a run; the first ones tell most."""
         return kind not in self._summary or self._summary[kind].number < max(self.max_bundles, 1)
 
-    def _find_cause(self, lifecycle: StepLifecycle, window: list[_MicroBatch]) -> Cause:
-        module, precision = lifecycle.module, lifecycle.trainer.precision_plugin
+    def _find_cause(self, training: Training, window: list[_MicroBatch]) -> Cause:
+        module, precision = training.module, training.trainer.precision_plugin
         if _is_sharded(module):
             return _not_found("not looked for: the model is sharded, and one process can't run it alone")
         for micro_batch in window:
@@ -287,9 +291,9 @@ class FlightRecorder(StabilityCallback):
         return cause
 
     def _write_bundle(
-        self, lifecycle: StepLifecycle, incident: Incident, window: list[_MicroBatch], cause: Cause | None
+        self, training: Training, incident: Incident, window: list[_MicroBatch], cause: Cause | None
     ) -> Path | None:
-        module, trainer = lifecycle.module, lifecycle.trainer
+        module, trainer = training.module, training.trainer
         assert incident.optimizer is not None
         directory = self._directory / "bundles"
         batches: list[Any] | None = [micro_batch.batch for micro_batch in window]

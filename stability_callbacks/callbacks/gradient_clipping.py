@@ -15,12 +15,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from stability_callbacks._validation import check_instance
-from stability_callbacks.callbacks._base import StabilityCallback
-from stability_callbacks.callbacks._lifecycle import StepLifecycle
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep
-from stability_callbacks.callbacks._step_clock import StepClock
-from stability_callbacks.callbacks._step_record import StepRecord
 from stability_callbacks.clipping import ClipResult, ClipRule
+from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, StepClock, StepRecord, Training
 
 __all__ = ["GradientClipping"]
 
@@ -56,6 +52,8 @@ class GradientClipping(StabilityCallback):
         ``stability/nonfinite_norms``: steps so far whose norm was not finite. With several optimizers the first three
         end in the optimizer's name.
     """
+
+    phase = Phase.CLIP
 
     _clock: StepClock
     _nonfinite_norms: int
@@ -104,17 +102,17 @@ class GradientClipping(StabilityCallback):
         if stage == "fit" and trainer.global_step == 0:
             self._reset()
 
-    def prepare(self, lifecycle: StepLifecycle) -> None:
-        trainer = lifecycle.trainer
+    def prepare(self, training: Training) -> None:
+        trainer = training.trainer
         if trainer.gradient_clip_val:
             rank_zero_warn(
                 f"Gradients are clipped twice: by Trainer(gradient_clip_val={trainer.gradient_clip_val}) and then by "
                 f"GradientClipping({self.rules}). Remove one of them."
             )
-        missing = len(lifecycle.steps) - len(self._rules_of_optimizer)
+        missing = len(training.steps) - len(self._rules_of_optimizer)
         self._rules_of_optimizer += [deepcopy(self.rules) for _ in range(missing)]
-        self._clock.prepare(lifecycle, [schedule for rule in self.rules for schedule in rule.schedules])
-        parameters = _in_order_of_definition(lifecycle)
+        self._clock.prepare(training, [schedule for rule in self.rules for schedule in rule.schedules])
+        parameters = _in_order_of_definition(training)
         try:
             for rule in itertools.chain.from_iterable(self._rules_of_optimizer):
                 rule.assign(parameters)
@@ -145,13 +143,13 @@ class GradientClipping(StabilityCallback):
                 if before is None
                 else ClipResult(before.norm, result.clipped_norm, before.coefficient * result.coefficient)
             )
-        if self.logs_now(step.lifecycle) and step.clip_result is not None:
+        if self.logs_now(self.training) and step.clip_result is not None:
             self._keep_scalars(step, rules, step.clip_result.coefficient)
 
     def on_step_attempted(self, step: OptimizerStep) -> None:
         self._clock.attempted[step.index] += 1
 
-    def account(self, record: StepRecord) -> None:
+    def on_step_record(self, record: StepRecord) -> None:
         if not math.isfinite(record.norm):
             self._nonfinite_norms += 1
         elif not record.skipped:
@@ -186,10 +184,10 @@ class GradientClipping(StabilityCallback):
         self._scalars = []
 
 
-def _in_order_of_definition(lifecycle: StepLifecycle) -> list[tuple[str, Tensor]]:
+def _in_order_of_definition(training: Training) -> list[tuple[str, Tensor]]:
     """The parameters of all optimizers; those that the model does not know come last."""
-    place = {id(parameter): index for index, (_, parameter) in enumerate(lifecycle.named_parameters)}
-    pairs = itertools.chain.from_iterable(step.parameters for step in lifecycle.steps.values())
+    place = {id(parameter): index for index, (_, parameter) in enumerate(training.named_parameters)}
+    pairs = itertools.chain.from_iterable(step.parameters for step in training.steps.values())
     return sorted(pairs, key=lambda pair: place.get(id(pair[1]), len(place)))
 
 

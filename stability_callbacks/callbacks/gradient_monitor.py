@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stability_callbacks._validation import check_bool, check_choice, check_integer, check_number
-from stability_callbacks.callbacks._base import StabilityCallback
-from stability_callbacks.callbacks._lifecycle import StepLifecycle
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep
+from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, Training
 from stability_callbacks.gradient_pass import (
     GradientPass,
     combine_norms,
@@ -86,6 +84,8 @@ class GradientMonitor(StabilityCallback):
         With ``per="total"``, weight norms and update ratios are those of all weights together.
     """
 
+    phase = Phase.OBSERVE
+
     _histograms_wanted: bool
     _counted: list[Histograms]
     _scalars: list[tuple[Sequence[str], Tensor]]
@@ -136,19 +136,19 @@ class GradientMonitor(StabilityCallback):
     def norm_types(self) -> list[float]:
         return [self.norm_type]
 
-    def prepare(self, lifecycle: StepLifecycle) -> None:
+    def prepare(self, training: Training) -> None:
         # The same on all ranks, since the histograms of sharded tensors are counted together.
-        wanted = self.histograms and any(_takes_histograms(logger) for logger in lifecycle.trainer.loggers)
-        self._histograms_wanted = lifecycle.trainer.strategy.broadcast(wanted)
+        wanted = self.histograms and any(_takes_histograms(logger) for logger in training.trainer.loggers)
+        self._histograms_wanted = training.trainer.strategy.broadcast(wanted)
 
-    def logs_now(self, lifecycle: StepLifecycle) -> bool:
-        return self._scalars_due(lifecycle) or self._histograms_due(lifecycle)
+    def logs_now(self, training: Training) -> bool:
+        return self._scalars_due(training) or self._histograms_due(training)
 
     def observe(self, step: OptimizerStep) -> None:
         assert step.gradients is not None
-        if self._histograms_due(step.lifecycle):
+        if self._histograms_due(self.training):
             self._count_histograms(step, step.gradients)
-        if not self._scalars_due(step.lifecycle):
+        if not self._scalars_due(self.training):
             return
         norms = step.gradients.norms(self.norm_type)
         self._totals.append(norms.total)
@@ -159,7 +159,7 @@ class GradientMonitor(StabilityCallback):
             self._add([f"grad_norm/{group}" for group in groups], values)
 
     def before_update(self, step: OptimizerStep) -> None:
-        if not self._scalars_due(step.lifecycle) or not step.gradients:
+        if not self._scalars_due(self.training) or not step.gradients:
             return
         if step.gradients.changed() and not step.skipped:
             clipped = measure_gradients(step.gradients.parameters, self.norm_type, step.inverse_scale)
@@ -225,20 +225,20 @@ class GradientMonitor(StabilityCallback):
             }
         )
 
-    def _scalars_due(self, lifecycle: StepLifecycle) -> bool:
-        return lifecycle.is_logging_step(self.every_n_steps)
+    def _scalars_due(self, training: Training) -> bool:
+        return training.is_logging_step(self.every_n_steps)
 
-    def _histograms_due(self, lifecycle: StepLifecycle) -> bool:
+    def _histograms_due(self, training: Training) -> bool:
         if not self._histograms_wanted:
             return False
         if self.histogram_every_n_steps is not None:
-            return lifecycle.is_logging_step(self.histogram_every_n_steps)
-        every = lifecycle.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
-        return self._scalars_due(lifecycle) and (lifecycle.x + 1) // every % _LOGS_PER_HISTOGRAM == 1
+            return training.is_logging_step(self.histogram_every_n_steps)
+        every = training.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
+        return self._scalars_due(training) and (training.logged_step + 1) // every % _LOGS_PER_HISTOGRAM == 1
 
     def _count_histograms(self, step: OptimizerStep, gradients: GradientPass) -> None:
         pairs = gradients.parameters + (step.parameters if self.weights else [])
-        if not step.lifecycle.trainer.is_global_zero and not any(isinstance(p, DTensor) for _, p in pairs):
+        if not self.training.trainer.is_global_zero and not any(isinstance(p, DTensor) for _, p in pairs):
             return  # every rank has whole tensors, and only the first one writes
         scale = gradients.inverse_scale
         named = [
@@ -264,8 +264,8 @@ class GradientMonitor(StabilityCallback):
                 for histogram in raw:
                     logger.experiment.add_histogram_raw(**histogram, global_step=x)  # type: ignore[attr-defined]
 
-        if self._lifecycle is not None and self._lifecycle.trainer.is_global_zero:
-            self._lifecycle.write(write)
+        if self.training.processes.is_first:
+            self.training.loggers.write(write)
 
     def _forget(self) -> None:
         self._histograms_wanted = False

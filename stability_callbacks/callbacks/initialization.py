@@ -10,14 +10,21 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from torch import Tensor
 
 from stability_callbacks._validation import check_bool, check_instance
-from stability_callbacks.callbacks._training_step import loss_of
+from stability_callbacks.engine import loss_of
+from stability_callbacks.engine._lightning import (
+    both,
+    callbacks_of,
+    drawn_batch,
+    prepared_batch,
+    training_loaders,
+)
 from stability_callbacks.initialization import Auto, InitReport, Policy, SignalReport, signal_report
 
 __all__ = ["Initialization"]
@@ -98,8 +105,8 @@ class Initialization(Callback):
             return
         # Read here, since another `Initialization` in the list may set the mark in its `on_fit_start`.
         self._model_is_new = not _is_marked(pl_module)
-        callbacks = _callbacks(trainer)
-        if any(isinstance(callback, LearningRateFinder | BatchSizeFinder) for callback in callbacks):
+        callbacks = callbacks_of(trainer)
+        if any(isinstance(each, (*both(LearningRateFinder), *both(BatchSizeFinder))) for each in callbacks):
             # They act in `on_fit_start`, too, and Lightning puts them first. A new list: this one is being iterated.
             first = sorted(callbacks, key=lambda callback: not isinstance(callback, Initialization))
             trainer.callbacks = first  # type: ignore[attr-defined]
@@ -108,7 +115,7 @@ class Initialization(Callback):
         if self._seed is None:
             # For all of them before one sets up the data, which draws random numbers: a check must not change weights.
             seed = _drawn_seed()
-            for callback in _callbacks(trainer):
+            for callback in callbacks_of(trainer):
                 if isinstance(callback, Initialization):
                     callback._seed = seed
         is_new, self._model_is_new = self._model_is_new, None
@@ -122,7 +129,7 @@ class Initialization(Callback):
         self._seed = None
 
     def _initialize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        if isinstance(trainer.strategy, (*both(FSDPStrategy), *both(DeepSpeedStrategy))):
             raise MisconfigurationException(
                 f"`Initialization` does not work with {type(trainer.strategy).__name__}, which keeps copies of the"
                 " weights: use `ModelParallelStrategy` with `fully_shard`, or call `policy.apply(...)` on your layers"
@@ -152,7 +159,7 @@ class Initialization(Callback):
 
     def _position(self, trainer: pl.Trainer) -> int:
         """How many callbacks of this class stand before this one."""
-        before = takewhile(lambda callback: callback is not self, _callbacks(trainer))
+        before = takewhile(lambda callback: callback is not self, callbacks_of(trainer))
         return sum(isinstance(callback, Initialization) for callback in before)
 
 
@@ -161,26 +168,19 @@ def _drawn_seed() -> int:
         return int(torch.randint(2**62, ()))
 
 
-def _callbacks(trainer: pl.Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
-
-
 def _first_batch(trainer: pl.Trainer) -> Any:
     """The first training batch of rank 0, on this process's device; training then starts with loaders as new."""
-    loaders = trainer.fit_loop._combined_loader
-    if loaders is None:
+    loaders = training_loaders(trainer)
+    if not loaders:
         raise MisconfigurationException(
             "`Initialization` needs a training batch, got none: is `limit_train_batches` 0?"
         )
-    generators = {id(each): each for each in _generators(loaders.flattened)}.values()
+    generators = {id(each): each for each in _generators(loaders)}.values()
     states = [(generator, generator.get_state()) for generator in generators]
-    batch, _, _ = next(iter(CombinedLoader(loaders.iterables, loaders._mode)))
+    batch = drawn_batch(trainer)
     for generator, state in states:
         generator.set_state(state)
-    batch = trainer.precision_plugin.convert_input(trainer.strategy.broadcast(batch))
-    batch = trainer.lightning_module._on_before_batch_transfer(batch)
-    return trainer.strategy.batch_to_device(batch)
+    return prepared_batch(trainer, batch)
 
 
 def _generators(loaders: Iterable[Any]) -> Iterator[torch.Generator]:

@@ -12,10 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from stability_callbacks._patterns import check_patterns, first_matches
-from stability_callbacks.callbacks._base import StabilityCallback
-from stability_callbacks.callbacks._lifecycle import StepLifecycle
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep
-from stability_callbacks.callbacks._step_clock import StepClock
+from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, StepClock, Training
 from stability_callbacks.schedules import Schedule
 
 __all__ = ["LRSchedule"]
@@ -66,6 +63,8 @@ class LRSchedule(StabilityCallback):
         ``lr/<optimizer>``: the effective rate of the step, with ``/pg<n>`` for each of several parameter groups.
     """
 
+    phase = Phase.SCHEDULE
+
     def __init__(self, schedule: Schedule | Mapping[str, Schedule | None]) -> None:
         super().__init__()
         allowed = (
@@ -99,10 +98,10 @@ class LRSchedule(StabilityCallback):
         if stage == "fit" and trainer.global_step == 0:
             self._clock = StepClock()
 
-    def prepare(self, lifecycle: StepLifecycle) -> None:
-        self._clock.prepare(lifecycle, list(self._schedules()))
+    def prepare(self, training: Training) -> None:
+        self._clock.prepare(training, list(self._schedules()))
         if isinstance(self.schedule, dict):
-            self._match([name for step in lifecycle.steps.values() for name in _group_names(step)])
+            self._match([name for step in training.steps.values() for name in _group_names(step)])
         for schedule in self._schedules():
             warmup, total = getattr(schedule, "warmup", None), self._clock.total_for(schedule)
             if isinstance(warmup, int) and total is not None and warmup > total:
@@ -119,7 +118,7 @@ class LRSchedule(StabilityCallback):
         ]
 
     def before_update(self, step: OptimizerStep) -> None:
-        if self.logs_now(step.lifecycle):
+        if self.logs_now(self.training):
             rates = step.rates.effective()
             for index, rate in enumerate(rates, start=1):
                 group = f"/pg{index}" if len(rates) > 1 else ""

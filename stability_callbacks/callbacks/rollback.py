@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,20 @@ from rich import filesize
 from torch import Tensor
 
 from stability_callbacks._validation import check_choice, check_integer, check_number, check_path
-from stability_callbacks.callbacks._base import StabilityCallback
-from stability_callbacks.callbacks._checkpoint_ring import CheckpointError, CheckpointRing, write_checkpoint
-from stability_callbacks.callbacks._lifecycle import StepLifecycle
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep
-from stability_callbacks.callbacks._step_record import StepRecord
-from stability_callbacks.callbacks._training_state import averaged_models, loss_scaler
 from stability_callbacks.detection import StepEvidence, SustainedRise
+from stability_callbacks.engine import (
+    CheckpointError,
+    CheckpointRing,
+    OptimizerStep,
+    Phase,
+    StabilityCallback,
+    StepRecord,
+    Training,
+    averaged_models,
+    find_nonfinite,
+    loss_scaler,
+    write_checkpoint,
+)
 from stability_callbacks.snapshots import SnapshotRing
 
 __all__ = ["Rollback"]
@@ -84,6 +90,8 @@ class Rollback(StabilityCallback):
     Metrics:
         ``stability/rollbacks``: number of rollbacks so far; ``stability/lr_scale``: the factor of the learning rate.
     """
+
+    phase = Phase.RECOVER
 
     _rollbacks: int
     _rollbacks_in_row: int
@@ -165,20 +173,20 @@ class Rollback(StabilityCallback):
         if trainer.global_step == 0:
             self._reset()
 
-    def prepare(self, lifecycle: StepLifecycle) -> None:
-        missing = len(lifecycle.steps) - len(self._rises)
+    def prepare(self, training: Training) -> None:
+        missing = len(training.steps) - len(self._rises)
         self._rises += [SustainedRise(self.patience) for _ in range(missing)]
-        trainer = lifecycle.trainer
+        trainer = training.trainer
         self._dirpath = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "rollback"
 
-    def begin_training(self, lifecycle: StepLifecycle) -> None:
-        self._ring = self._make_ring(lifecycle)
-        if nonfinite := lifecycle.find_nonfinite(self._ring):
+    def begin_training(self, training: Training) -> None:
+        self._ring = self._make_ring(training)
+        if nonfinite := find_nonfinite(training, self._ring):
             raise MisconfigurationException(
                 f"There is nothing good to go back to: {nonfinite.names[0]} is not finite before training has begun. "
                 "Start from other weights or, on a resume, from an older checkpoint."
             )
-        self._ring.take(lifecycle.trainer.global_step)
+        self._ring.take(training.trainer.global_step)
 
     def statistics(self) -> list[SustainedRise]:
         return list(self._rises)
@@ -208,7 +216,7 @@ class Rollback(StabilityCallback):
             accepted = torch.ones_like(norm, dtype=torch.bool) if step.skip is None else ~step.skip
             self._rises[step.index].learn(evidence, accepted)
 
-    def account(self, record: StepRecord) -> None:
+    def on_step_record(self, record: StepRecord) -> None:
         rising = SustainedRise.kind in record.watches
         (self._rising.add if rising else self._rising.discard)(record.optimizer)
         # A loss scaler's overflows are its search for the right scale.
@@ -220,17 +228,17 @@ class Rollback(StabilityCallback):
             self._bad_in_row[record.optimizer] = 0
         self._steps_in_peace = 0 if bad or _HIGH_LOSS in record.watches else self._steps_in_peace + 1
 
-    def wants_accounts(self, lifecycle: StepLifecycle) -> bool:
-        return self._snapshot_due or lifecycle.is_logging_step(self.every_n_steps)
+    def needs_records(self, training: Training) -> bool:
+        return self._snapshot_due or training.is_logging_step(self.every_n_steps)
 
-    def after_batch(self, lifecycle: StepLifecycle) -> None:
-        self._snapshot_due = self._snapshot_due or lifecycle.is_logging_step(self.every_n_steps)
-        if reason := self._reason(lifecycle):
-            self._roll_back(lifecycle, reason)
+    def after_batch(self, training: Training) -> None:
+        self._snapshot_due = self._snapshot_due or training.is_logging_step(self.every_n_steps)
+        if reason := self._reason(training):
+            self._roll_back(training, reason)
         elif self._snapshot_due and self._steps_in_peace >= self.patience:
             assert self._ring is not None
-            lifecycle.reshard()
-            self._ring.take(lifecycle.trainer.global_step)
+            training.reshard()
+            self._ring.take(training.trainer.global_step)
             self._snapshot_due = self._relapse = False
         if self._steps_since is not None and min(self._steps_since) >= max(self.lr_recovery_steps, self.every_n_steps):
             self._rollbacks_in_row = 0
@@ -248,13 +256,13 @@ class Rollback(StabilityCallback):
 
     # ---- private
 
-    def _reason(self, lifecycle: StepLifecycle) -> str | None:
+    def _reason(self, training: Training) -> str | None:
         """Why training must go back, if it must; the same on every rank."""
         self._found_by = 0
         if self._suspect_state or self._snapshot_due:
             self._suspect_state = False
             assert self._ring is not None
-            if found := lifecycle.find_nonfinite(self._ring):
+            if found := find_nonfinite(training, self._ring):
                 self._found_by = found.rank
                 return f"not finite: {found}"
         if max(self._bad_in_row.values(), default=0) >= self.patience:
@@ -263,35 +271,35 @@ class Rollback(StabilityCallback):
             return f"the loss stayed far above its recent values for {self.patience} steps"
         return None
 
-    def _roll_back(self, lifecycle: StepLifecycle, reason: str) -> None:
+    def _roll_back(self, training: Training, reason: str) -> None:
         assert self._ring is not None
         if self._relapse and len(self._ring.steps) > 1:
             self._ring.drop_newest()
-        lifecycle.reshard()
-        with lifecycle.base_rates():
+        training.reshard()
+        with training.base_rates():
             step = self._ring.restore()
         if self._rollbacks_in_row >= self.max_rollbacks:
-            self._give_up(lifecycle, reason, step)
+            self._give_up(training, reason, step)
             return
         self._rollbacks += 1
         self._rollbacks_in_row += 1
         before = 1.0 if self._steps_since is None else self._scale(min(self._steps_since))
         self._scale_at_rollback = before * self.lr_factor
-        self._steps_since = [0] * len(lifecycle.steps)
+        self._steps_since = [0] * len(training.steps)
         self._bad_in_row, self._steps_in_peace, self._relapse = {}, 0, True
         self._rising.clear()
-        lifecycle.state_was_replaced()
+        training.state_was_replaced()
         action = f"restored the state of step {step}, learning rate times {self._scale_at_rollback:g}"
-        self._announce(lifecycle, reason, action)
+        self._announce(training, reason, action)
         evidence: dict[str, float | str] = {"reason": reason, "restored_step": step}
         evidence["lr_scale"] = self._scale_at_rollback
-        lifecycle.report(lifecycle.incident("rollback", evidence, action, self._found_by))
+        training.report(training.incident("rollback", evidence, action, self._found_by))
 
-    def _give_up(self, lifecycle: StepLifecycle, reason: str, step: int) -> None:
+    def _give_up(self, training: Training, reason: str, step: int) -> None:
         assert self._dirpath is not None
         path = self._dirpath / f"last-good-step={step}.ckpt"
         try:
-            write_checkpoint(lifecycle.trainer, path)
+            write_checkpoint(training.trainer, path)
             where = f"is in {path}; go on from it with Trainer.fit(ckpt_path=...) and a"
         except CheckpointError as error:
             where = f"could not be written to {path} ({error}). Start again from an older checkpoint with a"
@@ -306,14 +314,14 @@ class Rollback(StabilityCallback):
             return 1.0
         return self._scale_at_rollback + (1 - self._scale_at_rollback) * steps / self.lr_recovery_steps
 
-    def _make_ring(self, lifecycle: StepLifecycle) -> SnapshotRing | CheckpointRing:
-        trainer = lifecycle.trainer
+    def _make_ring(self, training: Training) -> SnapshotRing | CheckpointRing:
+        trainer = training.trainer
         assert self._dirpath is not None
-        learnt = list(chain.from_iterable(callback.statistics() for callback in lifecycle.callbacks))
-        lifecycle.reshard()
+        learnt = training.statistics()
+        training.reshard()
         ring = SnapshotRing(
-            lifecycle.module,
-            list(lifecycle.steps),
+            training.module,
+            list(training.steps),
             keep=self.keep,
             scaler=loss_scaler(trainer),
             averaged=averaged_models(trainer),
@@ -323,7 +331,7 @@ class Rollback(StabilityCallback):
         if self.storage == "disk":
             return on_disk
         needed, budget = ring.estimated_bytes(), self._budget(trainer)
-        fitting = lifecycle.least(min(self.keep, budget // max(needed, 1)))
+        fitting = training.processes.least(min(self.keep, budget // max(needed, 1)))
         size = f"a snapshot takes {filesize.decimal(needed)} of host memory"
         if fitting == self.keep:
             rank_zero_info(f"Rollback keeps {self.keep} snapshots: {size}.")
@@ -342,8 +350,8 @@ class Rollback(StabilityCallback):
         return int(_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available / max(trainer.num_devices, 1))
 
     @rank_zero_only
-    def _announce(self, lifecycle: StepLifecycle, reason: str, action: str) -> None:
-        where = f"step {lifecycle.trainer.global_step} (epoch {lifecycle.trainer.current_epoch})"
+    def _announce(self, training: Training, reason: str, action: str) -> None:
+        where = f"step {training.trainer.global_step} (epoch {training.trainer.current_epoch})"
         _log.warning("Rollback %d at %s: %s; %s.", self._rollbacks, where, reason, action)
 
     def _reset(self) -> None:

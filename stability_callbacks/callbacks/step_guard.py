@@ -15,11 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from stability_callbacks._validation import check_bool, check_instance, check_integer, check_number
-from stability_callbacks.callbacks._base import StabilityCallback
-from stability_callbacks.callbacks._lifecycle import StepLifecycle
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep
-from stability_callbacks.callbacks._step_record import StepRecord
 from stability_callbacks.detection import Detector, NonFinite, StepEvidence, input_magnitude
+from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, StepRecord, Training
 
 __all__ = ["StepGuard"]
 
@@ -68,6 +65,8 @@ class StepGuard(StabilityCallback):
     Metrics:
         ``stability/skipped_steps``: number of steps skipped so far; ``stability/loss_scale``: the loss scale, in fp16.
     """
+
+    phase = Phase.JUDGE
 
     _skipped_steps: int
     _consecutive_skips: int
@@ -135,12 +134,15 @@ class StepGuard(StabilityCallback):
         if trainer.global_step == 0:
             self._reset()
 
-    def prepare(self, lifecycle: StepLifecycle) -> None:
-        if self.protect_buffers:
-            lifecycle.protect_buffers()
-        lifecycle.guard_checkpoints()
-        missing = len(lifecycle.steps) - len(self._detectors_of_optimizer)
+    def prepare(self, training: Training) -> None:
+        missing = len(training.steps) - len(self._detectors_of_optimizer)
         self._detectors_of_optimizer += [deepcopy(self.detectors) for _ in range(missing)]
+
+    def protects_buffers(self) -> bool:
+        return self.protect_buffers
+
+    def guards_checkpoints(self) -> bool:
+        return True
 
     def statistics(self) -> list[Detector]:
         return list(chain.from_iterable(self._detectors_of_optimizer))
@@ -148,7 +150,7 @@ class StepGuard(StabilityCallback):
     def compares_losses(self) -> bool:
         return any(detector.compares_losses for detector in self.detectors)
 
-    def look_at(self, batch: Any, batch_idx: int, first: bool) -> None:
+    def on_micro_batch(self, batch: Any, batch_idx: int, first: bool) -> None:
         if not any(detector.needs_inputs for detector in self.detectors):
             return
         before, now = None if first else self._input_magnitude, input_magnitude(batch)
@@ -161,13 +163,13 @@ class StepGuard(StabilityCallback):
         self._input_magnitude = now if before is None or now is None else torch.maximum(before, now)
 
     def observe(self, step: OptimizerStep) -> None:
-        if self.logs_now(step.lifecycle):
+        if self.logs_now(self.training):
             self._loss_scale = step.loss_scale
 
     def vote(self, step: OptimizerStep) -> list[tuple[str, Tensor]]:
         assert step.gradients is not None
         norms = step.gradients.norms()
-        buffers = step.lifecycle.buffers
+        buffers = self.training.buffers
         spoiled_names, spoiled = buffers.spoiled() if buffers is not None else ((), None)
         evidence = StepEvidence(step.loss, norms, spoiled, self._input_magnitude)
         votes = [(detector.kind, detector(evidence)) for detector in self._detectors_of_optimizer[step.index]]
@@ -196,7 +198,7 @@ class StepGuard(StabilityCallback):
             self._found[step.label] = known._replace(flags=flags, of_last_skip_only=True)
         self._suspects = self._evidence = None
 
-    def account(self, record: StepRecord) -> None:
+    def on_step_record(self, record: StepRecord) -> None:
         self._recent.append(record.skipped)
         if not record.skipped:
             self._consecutive_skips = 0
@@ -207,7 +209,8 @@ class StepGuard(StabilityCallback):
             self._announce(record)
         if self._lifecycle is not None:
             found = self._found.get(record.optimizer)
-            self._lifecycle.report_step(record, "skipped", {} if found is None else found.evidence())
+            evidence = {} if found is None else found.evidence()
+            self.training.report(self.training.step_incident(record, "skipped", evidence))
         if self._diverged is None:
             self._diverged = self._judge(record)
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from stability_callbacks._validation import check_bool, check_number, check_pattern
-from stability_callbacks.callbacks._base import StabilityCallback
-from stability_callbacks.callbacks._lifecycle import StepLifecycle
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep
+from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, Training
 from stability_callbacks.gradient_pass import combine_norms, tensor_norms
 from stability_callbacks.penalties import add_penalty_gradients_, shrink_, zero_fraction
 
@@ -59,6 +57,8 @@ class WeightPenalty(StabilityCallback):
         Parikh, Boyd: Proximal Algorithms (2014), for soft-thresholding.
     """
 
+    phase = Phase.CLIP
+
     def __init__(
         self, l1: float = 0.0, l2: float = 0.0, parameters: str | None = None, decoupled: bool = False
     ) -> None:
@@ -73,7 +73,7 @@ class WeightPenalty(StabilityCallback):
         self._scalars: list[tuple[Sequence[str], Tensor]] = []
         self._thresholds: dict[int, list[tuple[list[Tensor], float | Tensor]]] = {}
 
-    def prepare(self, lifecycle: StepLifecycle) -> None:
+    def prepare(self, training: Training) -> None:
         self._scalars = []
         self._thresholds = {}
 
@@ -87,7 +87,7 @@ class WeightPenalty(StabilityCallback):
         else:
             step.drop_loss_scale()
             add_penalty_gradients_(penalised, self.l1, self.l2)
-        if self.logs_now(step.lifecycle):
+        if self.logs_now(self.training):
             self._keep_scalars(step, penalised)
 
     def after_update(self, step: OptimizerStep) -> None:

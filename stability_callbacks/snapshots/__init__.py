@@ -2,6 +2,7 @@
 
 from stability_callbacks.snapshots._buffers import BufferBackup
 from stability_callbacks.snapshots._random_state import RandomState
+from stability_callbacks.snapshots._readable import newest_readable_checkpoint
 from stability_callbacks.snapshots._ring import SnapshotRing
 
-__all__ = ["BufferBackup", "RandomState", "SnapshotRing"]
+__all__ = ["BufferBackup", "RandomState", "SnapshotRing", "newest_readable_checkpoint"]

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from stability_callbacks import FaultInjector, GradientClipping, GradientMonitor, StepGuard
-from stability_callbacks.callbacks._base import StabilityCallback
-from stability_callbacks.callbacks._optimizer_step import OptimizerStep
 from stability_callbacks.clipping import NormClip
+from stability_callbacks.engine import OptimizerStep, StabilityCallback
 from stability_callbacks.faults import Fault, Injection
 from tests.models import (
     MODELS,
@@ -60,11 +59,9 @@ class Witness(StabilityCallback):
         super().__init__()
         self.steps: list[dict[str, Any]] = []
 
-    def look_at(self, batch: Any, batch_idx: int, first: bool) -> None:
-        lifecycle = self._lifecycle
-        assert lifecycle is not None
-        state = training_state(lifecycle.module, lifecycle.trainer)
-        parameters = {name for name, _ in lifecycle.module.named_parameters()}
+    def on_micro_batch(self, batch: Any, batch_idx: int, first: bool) -> None:
+        state = training_state(self.training.module, self.training.trainer)
+        parameters = {name for name, _ in self.training.module.named_parameters()}
         micro_batch = {
             "input": copy.deepcopy(batch),
             "weight": {name: value for name, value in state["model"].items() if name in parameters},

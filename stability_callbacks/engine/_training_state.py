@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from stability_callbacks.engine._lightning import attached_trainer, both, callbacks_of
+
 __all__ = ["averaged_models", "averaging_callbacks", "loss_scaler"]
 
 
@@ -25,7 +27,7 @@ def averaging_callbacks(trainer: pl.Trainer) -> dict[Callback, list[nn.Module]]:
     """
     shapes = [parameter.shape for parameter in trainer.lightning_module.parameters()]
     kept = {}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         modules = [value for value in vars(callback).values() if isinstance(value, nn.Module)]
         if averages := [module for module in modules if _mirrors(module, shapes)]:
             kept[callback] = averages
@@ -38,6 +40,6 @@ def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
 
 
 def _mirrors(module: nn.Module, shapes: list[Any]) -> bool:
-    if isinstance(module, pl.LightningModule) and module._trainer is not None:
+    if isinstance(module, both(pl.LightningModule)) and attached_trainer(module) is not None:
         return False  # the model itself
     return isinstance(module, AveragedModel) or [parameter.shape for parameter in module.parameters()] == shapes

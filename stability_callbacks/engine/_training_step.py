@@ -9,11 +9,12 @@ from functools import cache
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from stability_callbacks.engine._lightning import attached_trainer, both, configured_optimizers
 
 __all__ = ["detached_from_trainer", "loss_of"]
 
@@ -93,15 +94,15 @@ def detached_from_trainer(module: nn.Module) -> Iterator[list[Tensor]]:
         [tensor(1.)]
     """
     sent_backward: list[Tensor] = []
-    lightning_modules = [each for each in module.modules() if isinstance(each, pl.LightningModule)]
+    lightning_modules = [each for each in module.modules() if isinstance(each, both(pl.LightningModule))]
     with ExitStack() as put_back:
         if lightning_modules:
             outer = lightning_modules[0]
             stand_ins = _stand_ins(outer, sent_backward)
             for each in lightning_modules:
                 put_back.enter_context(_shadowed(each, stand_ins))
-            if isinstance(outer._trainer, pl.Trainer):
-                put_back.enter_context(_silenced(outer._trainer))
+            if isinstance(trainer := attached_trainer(outer), both(pl.Trainer)):
+                put_back.enter_context(_silenced(trainer))
         yield sent_backward
 
 
@@ -164,11 +165,9 @@ def _inert(scheduler: Any) -> Any:
 
 
 def _optimizers_and_schedulers(module: pl.LightningModule) -> tuple[list[Optimizer], list[Any]]:
-    if isinstance(module._trainer, pl.Trainer):
+    if isinstance(attached_trainer(module), both(pl.Trainer)):
         return module.trainer.optimizers, [config.scheduler for config in module.trainer.lr_scheduler_configs]
-    configured: Any = module.configure_optimizers()
-    optimizers, schedulers, _ = _configure_optimizers(configured or [])
-    return optimizers, [each["scheduler"] if isinstance(each, dict) else each for each in schedulers]
+    return configured_optimizers(module)
 
 
 def _one_or_all(items: list[Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from stability_callbacks.callbacks._training_step import detached_from_trainer, loss_of
+from stability_callbacks.engine import detached_from_trainer, loss_of
 from tests.models import TwoOptimizers
 
 BATCH = torch.tensor([1.0, 3.0])

@@ -1,21 +1,17 @@
-"""Metrics on their way from the device to the loggers: one transfer and one call per logger and step."""
+"""Records and metrics on their way from the device to the host: one transfer a log step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from stability_callbacks.callbacks._step_record import PendingRecord
-
-if TYPE_CHECKING:
-    from stability_callbacks.callbacks._base import StabilityCallback
+from stability_callbacks.engine._hooks import Participants, StepHooks
+from stability_callbacks.engine._logger_writes import LoggerWrites
+from stability_callbacks.engine._records import PendingRecord
 
 __all__ = ["ScalarLog"]
 
@@ -56,8 +52,8 @@ class _Parcel(NamedTuple):
     records: list[PendingRecord]
     receivers: list[Callable[[list[float], int], None]]
     metrics: dict[str, float]
-    due: Sequence[StabilityCallback]
-    x: int
+    due: Sequence[StepHooks]
+    logged_step: int
 
 
 class ScalarLog:
@@ -67,16 +63,15 @@ class ScalarLog:
     delivered after the next wait.
 
     Args:
-        trainer: The trainer whose loggers get the metrics.
-        callbacks: The callbacks that account for finished steps.
+        participants: The callbacks that read records.
+        loggers: Where the metrics go.
     """
 
-    def __init__(self, trainer: pl.Trainer, callbacks: Sequence[StabilityCallback]) -> None:
-        self._trainer = trainer
-        self._callbacks = callbacks
+    def __init__(self, participants: Participants, loggers: LoggerWrites) -> None:
+        self._participants = participants
+        self._loggers = loggers
         self._records: list[PendingRecord] = []
         self._under_way: list[_Parcel] = []
-        self._failed_loggers: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -85,12 +80,12 @@ class ScalarLog:
         """Keep a finished step until its numbers are read."""
         self._records.append(record)
 
-    def send(self, due: Sequence[StabilityCallback] = (), x: int = 0) -> None:
+    def send(self, due: Sequence[StepHooks] = (), logged_step: int = 0) -> None:
         """Start the transfer of all records and of the metrics of the callbacks that want to log now.
 
         Args:
             due: The callbacks whose metrics are due.
-            x: Where on the x-axis they belong.
+            logged_step: Where they belong on the x-axis.
         """
         if not due and not self._records:
             return
@@ -102,43 +97,26 @@ class ScalarLog:
         ]
         payloads += [payload for callback in due for payload in callback.device_payloads()]
         copy = HostCopy([*(record.values for record in self._records), *(values for values, _ in payloads)])
-        self._under_way.append(_Parcel(copy, self._records, [take for _, take in payloads], metrics, due, x))
+        receivers = [take for _, take in payloads]
+        self._under_way.append(_Parcel(copy, self._records, receivers, metrics, due, logged_step))
         self._records = []
 
     def deliver(self) -> None:
-        """Account for everything sent and hand its metrics to the loggers."""
+        """Let the callbacks read everything sent, and hand its metrics to the loggers."""
         while self._under_way:
             parcel = self._under_way.pop(0)
             values = parcel.copy.read()
             of_records, of_receivers = values[: len(parcel.records)], values[len(parcel.records) :]
             for record, numbers in zip(parcel.records, of_records, strict=True):
                 complete = record.complete(numbers)
-                for callback in self._callbacks:
-                    callback.account(complete)
+                for callback in self._participants["on_step_record"]:
+                    callback.on_step_record(complete)
             for take, numbers in zip(parcel.receivers, of_receivers, strict=True):
-                take(numbers, parcel.x)
+                take(numbers, parcel.logged_step)
             for callback in parcel.due:
                 parcel.metrics.update(callback.host_scalars())
-            self._log(parcel.metrics, parcel.x)
-
-    def write(self, write: Callable[[Logger], None]) -> None:
-        """Write something to every logger. One that fails is warned of once: an observer must not end training."""
-        for logger in self._trainer.loggers:
-            try:
-                write(logger)
-            except Exception as error:  # noqa: BLE001  # whatever it is, training goes on
-                if id(logger) not in self._failed_loggers:
-                    self._failed_loggers.add(id(logger))
-                    rank_zero_warn(f"{type(logger).__name__} could not log stability metrics: {error!r}")
-
-    def _log(self, metrics: dict[str, float], x: int) -> None:
-        def write(logger: Logger) -> None:
-            logger.log_metrics(metrics=metrics, step=x)
-            logger.save()
-
-        if metrics:
-            self.write(write)
+            self._loggers.log(parcel.metrics, parcel.logged_step)
 
 
-def _put_together(metrics: dict[str, float], names: Sequence[str], values: list[float], x: int) -> None:
+def _put_together(metrics: dict[str, float], names: Sequence[str], values: list[float], logged_step: int) -> None:
     metrics.update(zip(names, values, strict=True))

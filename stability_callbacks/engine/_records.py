@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from stability_callbacks.diagnosis import kind_of
+
 __all__ = ["PendingRecord", "StepRecord"]
 
 
@@ -53,12 +55,12 @@ class StepRecord(NamedTuple):
     def kind(self) -> str:
         """The kind of incident: the one of its votes that says most about the cause; empty if it was applied.
 
-        Gradients that overflow under a loss scaler while the loss is finite are its everyday business: "loss_scale".
+        Gradients that overflow under a loss scaler while the loss is finite are expected: "loss_scale".
         """
         overflow = math.isfinite(self.loss) and not math.isfinite(self.norm)
         if self.votes == ("nonfinite",) and overflow and math.isfinite(self.loss_scale):
             return "loss_scale"
-        return next((kind for kind in ("input", "nonfinite", *self.votes) if kind in self.votes), "")
+        return min(self.votes, key=lambda kind: kind_of(kind).precedence, default="")
 
 
 class PendingRecord(NamedTuple):

@@ -9,14 +9,15 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-__all__ = ["CheckpointGate"]
+from stability_callbacks.engine._lightning import both, callbacks_of, checkpoint_decisions
 
-# Where ModelCheckpoint decides on one file: what it writes, removes and remembers. Refused here, it does none of them.
-_GATED = ("_save_topk_checkpoint", "_save_last_checkpoint", "_should_save_on_exception")
+__all__ = ["CheckpointGate"]
 
 
 class CheckpointGate:
     """Stands between a trainer's ``ModelCheckpoint`` callbacks and the disk.
+
+    Refused where it decides on a file, ``ModelCheckpoint`` neither writes, nor removes, nor remembers any.
 
     Args:
         trainer: The trainer.
@@ -25,14 +26,10 @@ class CheckpointGate:
 
     def __init__(self, trainer: pl.Trainer, refuses: Callable[[], bool]) -> None:
         self._refuses = refuses
-        self._checkpoints = [
-            callback
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, ModelCheckpoint)
-        ]
+        self._checkpoints = [each for each in callbacks_of(trainer) if isinstance(each, both(ModelCheckpoint))]
         self.remove()  # one that was left after an exception
         for checkpoint in self._checkpoints:
-            for name in _GATED:
+            for name in checkpoint_decisions:
                 if hasattr(checkpoint, name):
                     setattr(checkpoint, name, self._gated(checkpoint, getattr(checkpoint, name)))
 
@@ -56,5 +53,5 @@ class CheckpointGate:
 
 
 def _restore_methods(checkpoint: ModelCheckpoint) -> None:
-    for name in _GATED:
+    for name in checkpoint_decisions:
         vars(checkpoint).pop(name, None)

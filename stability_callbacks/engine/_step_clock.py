@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from stability_callbacks.engine._lightning import both, callbacks_of
+from stability_callbacks.engine._training import Training
 from stability_callbacks.schedules import Schedule
-
-if TYPE_CHECKING:
-    from stability_callbacks.callbacks._lifecycle import StepLifecycle
 
 __all__ = ["StepClock"]
 
@@ -30,17 +28,17 @@ class StepClock:
         self.attempted: list[int] = []
         self.total_steps: int | None = None
 
-    def prepare(self, lifecycle: StepLifecycle, schedules: Sequence[Schedule]) -> None:
+    def prepare(self, training: Training, schedules: Sequence[Schedule]) -> None:
         """Find out where training stands and, if a schedule needs it, how long it is.
 
         Args:
-            lifecycle: The trainer's.
+            training: The run.
             schedules: The schedules that go by this clock.
 
         Raises:
             MisconfigurationException: If a schedule needs a total that can't be known.
         """
-        trainer, optimizers = lifecycle.trainer, len(lifecycle.steps)
+        trainer, optimizers = training.trainer, len(training.steps)
         if len(self.attempted) != optimizers:
             # A checkpoint without this callback: Lightning's count of steps is that of all optimizers together.
             self.attempted = [trainer.global_step // max(optimizers, 1)] * optimizers
@@ -68,8 +66,8 @@ def _total_steps(trainer: pl.Trainer, schedule: Schedule, optimizers: int) -> in
 def _estimated_steps(trainer: pl.Trainer) -> int | float:
     """The trainer's estimate of its steps, mended where accumulation changes between epochs; < 0 or inf if unknown."""
     total, epochs = trainer.estimated_stepping_batches, trainer.max_epochs or 0
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler) and epochs > 0 and 0 <= total < math.inf:
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, both(GradientAccumulationScheduler)) and epochs > 0 and 0 <= total < math.inf:
             windows = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
             total = sum(math.ceil(trainer.num_training_batches / window) for window in windows)
             total = total if trainer.max_steps < 0 else min(total, trainer.max_steps)

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from stability_callbacks._atomic import atomic_path, remove_atomically
-from stability_callbacks.callbacks._training_state import averaging_callbacks
+from stability_callbacks.engine._lightning import both, dump_checkpoint, without_optimizers
+from stability_callbacks.engine._training_state import averaging_callbacks
 from stability_callbacks.errors import TrainingDivergedError
 from stability_callbacks.snapshots import BufferBackup, SnapshotRing
 
@@ -173,24 +174,21 @@ def _loadable(trainer: pl.Trainer, states: Sequence[_StateOf]) -> Iterator[None]
     It asks for a state of every trainable parameter, in the optimizer and in the checkpoint.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not isinstance(strategy, both(ModelParallelStrategy)):
         yield
         return
     missing = [parameter for state in states for parameter in state.missing]
-    optimizers = strategy._optimizers
-    for optimizer in optimizers:
-        optimizer.state.clear()
-        optimizer.zero_grad()
-    for parameter in missing:
-        parameter.requires_grad_(False)
-    if all(state.absent for state in states):
-        strategy._optimizers = []
-    try:
-        yield
-    finally:
-        strategy._optimizers = optimizers
+    with without_optimizers(strategy, hidden=all(state.absent for state in states)) as optimizers:
+        for optimizer in optimizers:
+            optimizer.state.clear()
+            optimizer.zero_grad()
         for parameter in missing:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in missing:
+                parameter.requires_grad_(True)
 
 
 def _load(trainer: pl.Trainer, path: Path) -> dict[str, Any]:
@@ -218,8 +216,7 @@ def write_checkpoint(trainer: pl.Trainer, path: Path) -> None:
         target = _together(trainer, lambda: writing.enter_context(atomic_path(path)) if first else path)
 
         def save() -> None:
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            strategy.save_checkpoint(checkpoint, target)
+            strategy.save_checkpoint(dump_checkpoint(trainer), target)
 
         def complete() -> None:
             if first and path.is_dir():

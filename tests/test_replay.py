@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stability_callbacks.callbacks._replay import ReplayError, build_model, import_factory, replay
-from stability_callbacks.callbacks._training_step import loss_of
 from stability_callbacks.diagnosis import (
     Bundle,
     Cause,
@@ -23,6 +21,8 @@ from stability_callbacks.diagnosis import (
     read_bundle,
     write_bundle,
 )
+from stability_callbacks.engine import loss_of
+from stability_callbacks.replay import ReplayError, build_model, import_factory, replay
 
 
 class Model(pl.LightningModule):

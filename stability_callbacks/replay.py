@@ -17,8 +17,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 
-from stability_callbacks.callbacks._training_step import loss_of
 from stability_callbacks.diagnosis import Bundle, Cause, find_cause, isolated
+from stability_callbacks.engine import loss_of
+from stability_callbacks.engine._lightning import attached_trainer, both
 from stability_callbacks.gradient_pass import measure_gradients
 
 __all__ = ["Replay", "ReplayError", "build_model", "import_factory", "replay"]
@@ -98,7 +99,7 @@ def build_model(
         raise ReplayError(f"building the model failed with {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module) or not hasattr(model, "training_step"):
         raise ReplayError(f"the model must be a module with a training_step, got a {type(model).__name__}")
-    if isinstance(model, pl.LightningModule):
+    if isinstance(model, both(pl.LightningModule)):
         model.trainer = _RecordedTrainer(bundle)  # type: ignore[assignment]
         model.configure_model()
     model = _precision(bundle, "cpu").convert_module(model)
@@ -176,7 +177,7 @@ class _RecordedTrainer:
 
 
 def _refused_by_trainer(model: nn.Module) -> str:
-    trainer = getattr(model, "_trainer", None)
+    trainer = attached_trainer(model)
     return ", ".join(f"`{name}`" for name in dict.fromkeys(trainer.refused)) if trainer is not None else ""
 
 

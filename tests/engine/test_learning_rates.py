@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stability_callbacks.callbacks._learning_rates import LearningRates
+from stability_callbacks.engine import LearningRates
 
 TENSOR = pytest.param(True, id="tensor")
 FLOAT = pytest.param(False, id="float")

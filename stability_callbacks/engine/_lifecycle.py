@@ -1,0 +1,318 @@
+"""One object per trainer that takes its steps through their life, on behalf of all our callbacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim import LBFGS, Optimizer
+
+from stability_callbacks.diagnosis import Incident
+from stability_callbacks.engine._checkpoint_gate import CheckpointGate
+from stability_callbacks.engine._hooks import Participants, StepHooks
+from stability_callbacks.engine._lightning import (
+    batch_is_processed,
+    both,
+    callbacks_of,
+    check_private_names,
+    is_placeholder,
+    unwrapped,
+)
+from stability_callbacks.engine._logger_writes import LoggerWrites
+from stability_callbacks.engine._nonfinite import find_nonfinite
+from stability_callbacks.engine._optimizer_hooks import several_closures
+from stability_callbacks.engine._records import PendingRecord
+from stability_callbacks.engine._scalar_log import ScalarLog
+from stability_callbacks.engine._step import OptimizerStep, optimizer_labels
+from stability_callbacks.engine._step_life import StepLife
+from stability_callbacks.engine._training import Training
+from stability_callbacks.engine._training_state import averaged_models
+from stability_callbacks.errors import TrainingDivergedError
+from stability_callbacks.snapshots import SnapshotRing
+
+__all__ = ["StepLifecycle"]
+
+# Step records wait on the device for the next log step, or until there are this many.
+_MOST_PENDING_RECORDS = 4096
+
+
+class StepLifecycle:
+    """Translates Lightning's hooks into ours, see :class:`~stability_callbacks.engine.StepHooks`.
+
+    The gradients are measured once, all detectors vote, one verdict is reached, and it is acted on inside
+    ``optimizer.step``. Whatever the callbacks' order in the trainer's list, they are called in that of their phases.
+
+    Args:
+        trainer: The trainer. Of its callbacks those count that are ``StepHooks``.
+
+    Attributes:
+        trainer: The trainer.
+        driver: The first of the callbacks in the trainer's list, which passes Lightning's hooks on.
+        released: Whether training is over.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        callbacks = [callback for callback in callbacks_of(trainer) if isinstance(callback, StepHooks)]
+        self.trainer = trainer
+        self.driver: object = callbacks[0]
+        self.released = False
+        self._participants = Participants(callbacks)
+        self._loggers = LoggerWrites(trainer)
+        self._log = ScalarLog(self._participants, self._loggers)
+        self._training: Training | None = None
+        self._lives: dict[Optimizer, StepLife] = {}
+        self._gate: CheckpointGate | None = None
+        self._state: SnapshotRing | None = None
+        self._refused_at: int | None = None
+        self._in_batch = False
+        self._stepped = False
+        self._steps_seen = False
+        self._flag_known = False
+        self._waited = False
+        self._warned_of_bypass = False
+
+    @property
+    def training(self) -> Training:
+        """The run, from train start on."""
+        assert self._training is not None
+        return self._training
+
+    # ---- the hooks, in the order in which they fire
+
+    def start(self, module: pl.LightningModule) -> None:
+        """Reach into the optimizers and let the callbacks prepare."""
+        self._refuse_what_cannot_work()
+        self._training = training = Training(
+            self.trainer,
+            module,
+            self._loggers,
+            report=self._report,
+            multipliers=self._multipliers,
+            statistics=self._statistics,
+        )
+        self._attach_optimizers(training)
+        if not any(parameter.requires_grad for step in training.steps.values() for _, parameter in step.parameters):
+            rank_zero_warn(
+                "No optimizer has a trainable parameter, so the stability callbacks have nothing to watch or protect."
+            )
+        participants = self._participants
+        for callback in participants["prepare"]:
+            callback.prepare(training)
+        if any(callback.protects_buffers() for callback in participants["protects_buffers"]):
+            training.window.protect_buffers()
+        if any(callback.guards_checkpoints() for callback in participants["guards_checkpoints"]):
+            self._gate = self._gate or CheckpointGate(self.trainer, self._refuses_checkpoint)
+            training.reshard()
+            self._state = SnapshotRing(module, list(training.steps), averaged=averaged_models(self.trainer))
+        for callback in participants["begin_training"]:
+            callback.begin_training(training)
+        training.show_rates()
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """A batch starts: at a window's first micro-batch the buffers are backed up."""
+        for life in self._lives.values():
+            life.abandon()
+        training = self.training
+        training.batch_idx = batch_idx
+        self._in_batch = True
+        self._stepped = self._flag_known = self._waited = False
+        for callback in self._participants["inject_before_forward"]:
+            callback.inject_before_forward(batch, batch_idx)
+        first = training.window.on_batch(batch_idx, self.trainer.accumulate_grad_batches)
+        for callback in self._participants["on_micro_batch"]:
+            callback.on_micro_batch(batch, batch_idx, first)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Add a micro-batch's loss to that of the step."""
+        for callback in self._participants["inject_before_backward"]:
+            callback.inject_before_backward(loss)
+        self.training.window.add_loss(loss.detach())
+
+    def measure(self, optimizer: Optimizer) -> None:
+        """Measure, vote and decide; see :meth:`StepLife.measure`."""
+        life = self._lives.get(unwrapped(optimizer))
+        if life is None:
+            return
+        for each in self._lives.values():
+            each.finish_if_over()
+        self._stepped = self._steps_seen = True
+        life.measure(self.training.window.take_loss())
+
+    def end_batch(self) -> None:
+        """Log what is due, read the records that are known, and stop a run that has diverged."""
+        if self._in_batch:
+            self._close_batch()
+        if self._stepped:
+            self._stepped = False
+            for callback in self._participants["after_batch"]:
+                callback.after_batch(self.training)
+        self._raise_if_diverged()
+
+    def end_epoch(self) -> None:
+        """Read the records of all steps of the epoch."""
+        self.read_records()
+        self._raise_if_diverged()
+        if self._lives and not self._steps_seen and not self._warned_of_bypass:
+            self._warn_of_bypass("no step of an optimizer was seen in a whole epoch")
+
+    def close(self) -> None:
+        """Training has ended: read all records and let go of the optimizers."""
+        self.read_records()
+        self._finish()
+
+    def interrupt(self, exception: BaseException) -> None:
+        """An exception ends training: read the records of the steps before, and let go of the optimizers."""
+        # After an error of the device another read would fail too, and hide it.
+        if isinstance(exception, TrainingDivergedError) or not isinstance(exception, RuntimeError):
+            self.read_records()
+        if not isinstance(exception, TrainingDivergedError) and self._training is not None:
+            self._training.processes.part()
+        self._finish()
+
+    def open_gate(self) -> None:
+        """Let ``ModelCheckpoint`` write whatever it likes."""
+        if self._gate is not None:
+            self._gate.remove()
+        self._state = None
+
+    # ---- records
+
+    def read_records(self, everywhere: bool = True) -> None:
+        """Let callbacks read the record of every finished step, waiting for the device if need be.
+
+        Args:
+            everywhere: Whether all processes do so now. If not, as where somebody looks at a counter, nothing is read
+                while there are several: what they decide from records they must decide at the same time.
+        """
+        if not everywhere and not self.released and self._training is not None and self._training.processes.several:
+            return
+        if self._in_batch and batch_is_processed(self.trainer):
+            self._close_batch()  # somebody saves a checkpoint in `on_train_batch_end` before our own is called
+        for life in self._lives.values():
+            life.finish_if_over()
+        self._log.send()
+        self._log.deliver()
+
+    # ---- private
+
+    def _attach_optimizers(self, training: Training) -> None:
+        optimizers = [optimizer for optimizer in self.trainer.optimizers if not is_placeholder(optimizer)]
+        labels = optimizer_labels(optimizers)
+        for index, (optimizer, label) in enumerate(zip(optimizers, labels, strict=True)):
+            step = OptimizerStep(optimizer, index, label, len(optimizers) > 1, lambda: training.named_parameters)
+            training.steps[optimizer] = step
+            self._lives[optimizer] = StepLife(
+                step,
+                training,
+                self._participants,
+                keep=self._keep_record,
+                on_wait=self._on_wait,
+                on_unseen=self._on_unseen_step,
+            )
+
+    def _keep_record(self, record: PendingRecord, flagged: bool) -> None:
+        """Keep a finished step's numbers on the device until they are read; soon if the host knows of a flag."""
+        self._flag_known = self._flag_known or flagged
+        self._log.add(record)
+
+    def _on_wait(self, device: torch.device) -> None:
+        """The host has just waited for the device, so whatever was sent before has arrived."""
+        if device.type != "cpu":
+            self._waited = True
+            self._log.deliver()
+
+    def _on_unseen_step(self, optimizer: Optimizer) -> None:
+        """An optimizer steps although Lightning's hooks did not announce it."""
+        if self._warned_of_bypass or not self._in_batch:
+            return
+        # torch.distributed.checkpoint makes an optimizer's state by a step with all rates at zero.
+        if any(group.get("lr", 1.0) for group in optimizer.param_groups):
+            self._warn_of_bypass("an optimizer stepped without Lightning's knowledge")
+
+    def _report(self, incident: Incident) -> None:
+        for callback in self._participants["on_incident"]:
+            callback.on_incident(incident)
+
+    def _multipliers(self, step: OptimizerStep) -> list[Any]:
+        factors = (callback.rate_multipliers(step) for callback in self._participants["rate_multipliers"])
+        return [each for each in factors if each is not None]
+
+    def _statistics(self) -> list[Stateful]:
+        return [item for callback in self._participants["statistics"] for item in callback.statistics()]
+
+    def _finish(self) -> None:
+        if self._training is not None and not self.released:
+            for callback in self._participants["finish_training"]:
+                callback.finish_training(self._training)
+        for life in self._lives.values():
+            life.close()
+        self._lives.clear()
+        if self._training is not None:
+            self._training.steps.clear()
+            self._training.window.buffers = None
+        self.released = True
+
+    def _refuses_checkpoint(self) -> bool:
+        if self._state is None:
+            return False
+        training = self.training
+        found = find_nonfinite(training, self._state)
+        if found is None:
+            return False
+        step = self.trainer.global_step
+        if step != self._refused_at:  # there may be several files to one state
+            self._refused_at = step
+            rank_zero_warn(f"No checkpoint was written at step {step}: {found} is not finite.")
+            evidence: dict[str, float | str] = {"nonfinite": ", ".join(found.names)}
+            training.report(training.incident("checkpoint_refused", evidence, "no checkpoint was written", found.rank))
+        return True
+
+    def _close_batch(self) -> None:
+        self._in_batch = False
+        for life in self._lives.values():
+            life.finish_if_over()
+        if not self._stepped:
+            return
+        training, participants = self.training, self._participants
+        due = [callback for callback in participants.logging if callback.logs_now(training)]
+        wanted = self._flag_known or any(each.needs_records(training) for each in participants["needs_records"])
+        if due or wanted or len(self._log) >= _MOST_PENDING_RECORDS:
+            self._log.send(due, training.logged_step)
+            if wanted or not self._waited:
+                self._log.deliver()
+
+    def _warn_of_bypass(self, what: str) -> None:
+        self._warned_of_bypass = True
+        rank_zero_warn(
+            f"The stability callbacks see and protect nothing here: {what}. In manual optimization, step the "
+            "optimizers that `self.optimizers()` returns (not `optimizer.optimizer`) and call "
+            "`self.manual_backward(loss)`."
+        )
+
+    def _raise_if_diverged(self) -> None:
+        for callback in reversed(self._participants["divergence"]):  # the later the phase, the more it knows
+            if reason := callback.divergence():
+                raise TrainingDivergedError(reason)
+
+    def _refuse_what_cannot_work(self) -> None:
+        check_private_names(self.trainer)
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, LBFGS):
+                raise several_closures(optimizer)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, both(FSDPStrategy)):
+            raise MisconfigurationException(
+                "The stability callbacks do not work with FSDPStrategy (FSDP1), whose flattened shards hide the "
+                "parameters' norms. Use ModelParallelStrategy with `fully_shard` (FSDP2) in `configure_model`."
+            )
+        if strategy.handles_gradient_accumulation:
+            raise MisconfigurationException(
+                f"The stability callbacks do not work with {type(strategy).__name__}, which keeps gradients and "
+                "optimizer steps to itself. Use DDPStrategy or ModelParallelStrategy."
+            )
