@@ -163,6 +163,7 @@ class FaultInjector(StabilityCallback):
             self._marks = GradientMarks(self.training.named_parameters)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_after_backward(trainer, pl_module)
         if self._marks is not None:
             fresh, self._marks = self._marks.fresh(), None
             for fault in self._due_now("gradient"):

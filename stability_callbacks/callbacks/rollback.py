@@ -199,6 +199,8 @@ class Rollback(StabilityCallback):
     def watch(self, step: OptimizerStep) -> list[tuple[str, Tensor]]:
         assert step.gradients is not None
         rise = self._rises[step.index]
+        if not step.gradients:
+            return [(name, torch.zeros((), dtype=torch.bool)) for name in (rise.kind, _HIGH_LOSS)]
         evidence = self._evidence[step.label] = StepEvidence(step.loss, step.gradients.norms())
         return [(rise.kind, rise(evidence)), (_HIGH_LOSS, rise.stands_out(evidence))]
 

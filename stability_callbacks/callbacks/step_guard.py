@@ -172,7 +172,7 @@ class StepGuard(StabilityCallback):
         buffers = self.training.buffers
         spoiled_names, spoiled = buffers.spoiled() if buffers is not None else ((), None)
         evidence = StepEvidence(step.loss, norms, spoiled, self._input_magnitude)
-        votes = [(detector.kind, detector(evidence)) for detector in self._detectors_of_optimizer[step.index]]
+        votes = [(each.kind, _vote_of(each, evidence)) for each in self._detectors_of_optimizer[step.index]]
         flags = [
             ~torch.isfinite(norms.per_tensor),
             *([] if spoiled is None else [spoiled.to(norms.total.device)]),
@@ -307,6 +307,13 @@ class _Suspects(NamedTuple):
         if buffers:
             text += f"; non-finite buffers {', '.join(buffers[:3])}{' ...' if len(buffers) > 3 else ''}"
         return text
+
+
+def _vote_of(detector: Detector, evidence: StepEvidence) -> Tensor:
+    # Where there is no gradient there is nothing to skip but what a bad forward pass wrote.
+    if evidence.gradients.names or detector.kind == NonFinite.kind:
+        return detector(evidence)
+    return torch.zeros((), dtype=torch.bool)
 
 
 def _check_detectors(detectors: Sequence[Detector]) -> list[Detector]:

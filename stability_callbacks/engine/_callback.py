@@ -51,6 +51,10 @@ class StabilityCallback(StepHooks, Callback):
         if lifecycle := self._driven():
             lifecycle.add_loss(loss)
 
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if lifecycle := self._driven():
+            lifecycle.on_after_backward()
+
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if lifecycle := self._driven():
             lifecycle.measure(optimizer)

@@ -22,6 +22,7 @@ from stability_callbacks.engine._lightning import (
     callbacks_of,
     check_private_names,
     is_placeholder,
+    should_accumulate,
     unwrapped,
 )
 from stability_callbacks.engine._logger_writes import LoggerWrites
@@ -104,8 +105,8 @@ class StepLifecycle:
         participants = self._participants
         for callback in participants["prepare"]:
             callback.prepare(training)
-        if any(callback.protects_buffers() for callback in participants["protects_buffers"]):
-            training.window.protect_buffers()
+        if participants["vote"]:
+            training.window.protect(any(each.protects_buffers() for each in participants["protects_buffers"]))
         if any(callback.guards_checkpoints() for callback in participants["guards_checkpoints"]):
             self._gate = self._gate or CheckpointGate(self.trainer, self._refuses_checkpoint)
             training.reshard()
@@ -133,6 +134,11 @@ class StepLifecycle:
         for callback in self._participants["inject_before_backward"]:
             callback.inject_before_backward(loss)
         self.training.window.add_loss(loss.detach())
+
+    def on_after_backward(self) -> None:
+        """A micro-batch's backward pass is over."""
+        if self.training.module.automatic_optimization and should_accumulate(self.trainer):
+            self.training.window.pause()
 
     def measure(self, optimizer: Optimizer) -> None:
         """Measure, vote and decide; see :meth:`StepLife.measure`."""
@@ -255,7 +261,7 @@ class StepLifecycle:
         self._lives.clear()
         if self._training is not None:
             self._training.steps.clear()
-            self._training.window.buffers = None
+            self._training.window.release()
         self.released = True
 
     def _refuses_checkpoint(self) -> bool:
@@ -278,6 +284,7 @@ class StepLifecycle:
         for life in self._lives.values():
             life.finish_if_over()
         if not self._stepped:
+            self._close_batch_without_step()
             return
         training, participants = self.training, self._participants
         due = [callback for callback in participants.logging if callback.logs_now(training)]
@@ -286,6 +293,27 @@ class StepLifecycle:
             self._log.send(due, training.logged_step)
             if wanted or not self._waited:
                 self._log.deliver()
+
+    def _close_batch_without_step(self) -> None:
+        """Undo what a bad forward pass wrote to buffers, if no step will judge it; else see that it is judged."""
+        training = self.training
+        window = training.window
+        if window.went_backward():
+            if not training.module.automatic_optimization:
+                window.pause()
+            return
+        if window.buffers is None:
+            return
+        names, flags = window.buffers.spoiled()
+        if not names:
+            return
+        if training.processes.several:
+            flags = training.processes.any_of_each(flags.to(training.processes.device))
+        bad = [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
+        if bad:
+            window.restore()
+            evidence: dict[str, float | str] = {"nonfinite_buffers": ", ".join(bad)}
+            training.report(training.incident("nonfinite", evidence, "buffers were put back"))
 
     def _warn_of_bypass(self, what: str) -> None:
         self._warned_of_bypass = True

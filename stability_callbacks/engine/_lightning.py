@@ -7,7 +7,7 @@ Read in Lightning 2.6.6. A name that a later version no longer has is reported a
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from operator import attrgetter
@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 __all__ = [
     "attached_trainer",
@@ -39,6 +40,7 @@ __all__ = [
     "prepared_batch",
     "should_accumulate",
     "training_loaders",
+    "training_results",
     "unwrapped",
     "without_optimizers",
 ]
@@ -55,6 +57,7 @@ _NAMES_OF_TRAINER = (
     "fit_loop._should_accumulate",
     "fit_loop.epoch_loop._batches_that_stepped",
     "fit_loop.epoch_loop.batch_progress.current.processed",
+    "fit_loop.epoch_loop._results",
 )
 
 
@@ -104,6 +107,12 @@ def log_every_n_steps(trainer: pl.Trainer) -> int:
     """The trainer's cadence; 0 for never."""
     cadence: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return cadence
+
+
+def training_results(trainer: pl.Trainer) -> Iterable[Metric]:
+    """The running results of ``self.log`` in the training epoch."""
+    results: dict[str, Metric] = trainer.fit_loop.epoch_loop._results
+    return results.values()
 
 
 def should_accumulate(trainer: pl.Trainer) -> bool:

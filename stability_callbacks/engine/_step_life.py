@@ -14,7 +14,7 @@ from stability_callbacks.engine._optimizer_hooks import OptimizerHooks, obeys_fo
 from stability_callbacks.engine._records import PendingRecord
 from stability_callbacks.engine._step import OptimizerStep
 from stability_callbacks.engine._training import Training
-from stability_callbacks.engine._verdict import reach_verdict
+from stability_callbacks.engine._verdict import Verdict, reach_verdict
 from stability_callbacks.gradient_pass import GradientPass
 
 __all__ = ["StepLife"]
@@ -70,20 +70,24 @@ class StepLife:
         step.gradients = GradientPass(
             step.parameters, scale.reciprocal() if scale is not None and carries_scale else None
         )
-        if not step.gradients:
-            return
-        for norm_type in {2.0}.union(*(each.norm_types() for each in participants["norm_types"])):
-            step.gradients.norms(norm_type)
-        for callback in participants["observe"]:
-            callback.observe(step)
+        if step.gradients:
+            for norm_type in {2.0}.union(*(each.norm_types() for each in participants["norm_types"])):
+                step.gradients.norms(norm_type)
+            for callback in participants["observe"]:
+                callback.observe(step)
         votes = [vote for callback in participants["vote"] for vote in callback.vote(step)]
         watches = [watch for callback in participants["watch"] for watch in callback.watch(step)]
         step.verdict = reach_verdict(votes, watches, training.processes)
-        if step.skip is not None and not (obeys_found_inf(step.optimizer) and training.window.restorable_on_device()):
-            step.verdict.read()
-            self._on_wait(step.skip.device)
-            if step.skipped:
-                training.window.restore_buffers()
+        if step.skip is None or (
+            step.gradients and obeys_found_inf(step.optimizer) and training.window.restorable_on_device()
+        ):
+            return
+        step.verdict.read()
+        self._on_wait(step.skip.device)
+        if step.skipped:
+            training.window.restore()
+        elif not step.gradients:
+            step.verdict = Verdict()  # there was nothing to apply, so nothing to learn from
 
     @torch.no_grad()
     def act(self) -> None:
@@ -137,7 +141,7 @@ class StepLife:
         for callback in participants["after_update"] if step.acted else ():
             callback.after_update(step)
         training.window.end(step.skip, step.skipped)
-        if step.gradients:
+        if step.gradients or step.skipped:
             record = step.pending_record(training.trainer.current_epoch)
             for callback in participants["on_step_finished"]:
                 callback.on_step_finished(step, record)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from stability_callbacks.diagnosis import Incident
-from stability_callbacks.engine._lightning import batches_that_stepped, log_every_n_steps
+from stability_callbacks.engine._lightning import batches_that_stepped, log_every_n_steps, training_results
 from stability_callbacks.engine._logger_writes import LoggerWrites
 from stability_callbacks.engine._names import plain_name
 from stability_callbacks.engine._processes import Processes
@@ -56,7 +56,9 @@ class Training:
         self.trainer = trainer
         self.module = module
         self.processes = Processes(trainer)
-        self.window = AccumulationWindow(module, manual=not module.automatic_optimization)
+        self.window = AccumulationWindow(
+            module, manual=not module.automatic_optimization, results=lambda: training_results(trainer)
+        )
         self.steps: dict[Optimizer, OptimizerStep] = {}
         self.loggers = loggers
         self.report = report

@@ -54,6 +54,8 @@ def reach_verdict(votes: Flags, watches: Flags, processes: Processes) -> Verdict
     if not votes and not watches:
         return Verdict()
     flags = torch.stack([flag for _, flag in (*votes, *watches)])
+    if processes.several:
+        flags = flags.to(processes.device)  # those of a step without gradients lie on the host
     found_here = flags[: len(votes)].any() if processes.several else None
     flags = processes.any_of_each(flags)
     count = len(votes)

@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+from weakref import ref
 
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from stability_callbacks.engine._metric_backup import MetricBackup
 from stability_callbacks.snapshots import BufferBackup
 
 __all__ = ["AccumulationWindow"]
 
 
 class AccumulationWindow:
-    """Adds up the losses of a window, and keeps the model's buffers as they were when it began.
+    """Adds up the losses of a window, and keeps the model's buffers and metrics as they were when it began.
 
     In automatic optimization Lightning zeroes the gradients where ``batch_idx`` is a multiple of the window's size,
-    also where an epoch ended inside of a window. In manual optimization a window begins after each step.
+    also where an epoch ended inside of a window. In manual optimization a window begins after each step. Forward passes
+    that send nothing backward, such as those that renew the statistics of batch normalization, are each a window of
+    their own.
 
     Args:
         module: The model.
         manual: Whether it optimizes manually.
+        results: Gives Lightning's metrics of the training epoch.
 
     Attributes:
         buffers: The backup of the model's buffers, if a callback asked for one.
     """
 
-    def __init__(self, module: nn.Module, manual: bool) -> None:
+    def __init__(self, module: nn.Module, manual: bool, results: Callable[[], Iterable[Metric]]) -> None:
         self._module = module
         self._manual = manual
+        self._results = results
         self._open = False
         self._loss: Tensor | None = None
+        self._gradients: dict[int, _Mark] = {}
+        self._metrics: MetricBackup | None = None
+        self._between: tuple[BufferBackup, MetricBackup] | None = None
+        self._between_taken = False
         self.buffers: BufferBackup | None = None
 
-    def protect_buffers(self) -> None:
-        """From now on back the buffers up."""
-        if self.buffers is None:
+    def protect(self, buffers: bool) -> None:
+        """From now on back up the metrics and, if asked for, the buffers."""
+        self._metrics = MetricBackup(self._module, self._results)
+        if buffers and self.buffers is None:
             self.buffers = BufferBackup(self._module)
+
+    def release(self) -> None:
+        """Let go of all copies."""
+        self.buffers = self._metrics = self._between = None
 
     def on_batch(self, batch_idx: int, size: int) -> bool:
         """A micro-batch starts; open a window if one begins with it.
@@ -45,15 +64,18 @@ class AccumulationWindow:
         Returns:
             Whether one does.
         """
-        if batch_idx == 0 and self.buffers is not None:
-            self.buffers.refresh()
-        begins = not self._open or (self._loss is None if self._manual else batch_idx % size == 0)
+        if batch_idx == 0:
+            for backup in self._backups():
+                backup.refresh()
+        begins = not self._open or not self.went_backward() or (not self._manual and batch_idx % size == 0)
         if begins:
             self._begin()
+        else:
+            self._adopt()
         return begins
 
     def add_loss(self, loss: Tensor) -> None:
-        """Add a micro-batch's loss to that of the step."""
+        """Add a micro-batch's loss, 0-dim, to that of the step."""
         self._loss = loss if self._loss is None else self._loss + loss
 
     def take_loss(self) -> Tensor | None:
@@ -61,14 +83,39 @@ class AccumulationWindow:
         loss, self._loss = self._loss, None
         return loss
 
-    def restorable_on_device(self) -> bool:
-        """Whether a skip that only the device knows of could be undone in the buffers too."""
-        return self.buffers is None or self.buffers.restorable_where()
+    def went_backward(self) -> bool:
+        """Whether anything was backpropagated since the window began; a look at the host only."""
+        if self._loss is not None:
+            return True
+        if not self._manual:
+            return False
+        # `loss.backward()` passes by Lightning's hooks.
+        return any(
+            parameter.grad is not None
+            and not ((mark := self._gradients.get(id(parameter))) and mark.is_of(parameter.grad))
+            for parameter in self._module.parameters()
+        )
 
-    def restore_buffers(self) -> None:
-        """A step will be skipped: undo what its forward passes wrote to buffers, before another step begins."""
+    def pause(self) -> None:
+        """A micro-batch is over and the window is not: what others write until the next one is not to be undone."""
+        if not self._open or self._metrics is None:
+            return
+        if self._between is None:
+            self._between = BufferBackup(self._module), MetricBackup(self._module, self._results)
+        buffers, metrics = self._between
         if self.buffers is not None:
-            self.buffers.restore()
+            buffers.take()
+        metrics.take()
+        self._between_taken = True
+
+    def restorable_on_device(self) -> bool:
+        """Whether a skip that only the device knows of could be undone."""
+        return all(backup.restorable_where() for backup in self._backups())
+
+    def restore(self) -> None:
+        """A step will be skipped: undo what its forward passes wrote, before another step begins."""
+        for backup in self._backups():
+            backup.restore()
 
     def end(self, skip: Tensor | None, skipped: bool | None) -> None:
         """A step is finished.
@@ -77,10 +124,11 @@ class AccumulationWindow:
             skip: The verdict on the device, 0-dim boolean; None if there was none.
             skipped: The verdict where the host knows it.
         """
-        if skipped:
-            return  # the backup still holds, since the buffers were restored to it
-        if self.buffers is not None and skip is not None and skipped is None:
-            self.buffers.restore_where(skip)
+        if skipped and not self._manual:
+            return  # the backup still holds, since all was restored to it
+        if skip is not None and skipped is None:
+            for backup in self._backups():
+                backup.restore_where(skip)
         self._open = False
         if self._manual:
             self._begin()  # the next optimizer's step may begin in this very batch
@@ -92,5 +140,34 @@ class AccumulationWindow:
     def _begin(self) -> None:
         self._open = True
         self._loss = None
+        self._between_taken = False
+        if self._manual:
+            self._gradients = {
+                id(parameter): _Mark(ref(parameter.grad), parameter.grad._version)
+                for parameter in self._module.parameters()
+                if parameter.grad is not None
+            }
+        for backup in self._backups():
+            backup.take()
+
+    def _backups(self) -> list[BufferBackup | MetricBackup]:
+        return [each for each in (self.buffers, self._metrics) if each is not None]
+
+    def _adopt(self) -> None:
+        if self._between is None or not self._between_taken or self._metrics is None:
+            return
+        self._between_taken = False
+        buffers, metrics = self._between
         if self.buffers is not None:
-            self.buffers.take()
+            self.buffers.adopt_changes_since(buffers)
+        self._metrics.adopt_changes_since(metrics)
+
+
+class _Mark(NamedTuple):
+    """A gradient as it was when a window began."""
+
+    gradient: ref[Tensor]
+    version: int
+
+    def is_of(self, gradient: Tensor) -> bool:
+        return self.gradient() is gradient and self.version == gradient._version

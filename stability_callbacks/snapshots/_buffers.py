@@ -149,6 +149,35 @@ class BufferBackup:
             torch._foreach_add_(result, torch._foreach_mul([sources[index] for index in members], chosen))
             torch._foreach_copy_(group, result)
 
+    @torch.no_grad()
+    def adopt_changes_since(self, other: BufferBackup) -> None:
+        """What was written to buffers since another backup was taken stays, also if this one is restored.
+
+        Reach for it where other code than that which may be undone has run since this backup was taken.
+
+        Args:
+            other: A later backup of the same module.
+
+        Raises:
+            RuntimeError: If there is no backup.
+        """
+        before = dict(self._backup())
+        places = {slot.name: slot for slot, _ in other._backup()}
+        for name, memory, then in list(other._changes()):
+            slot = places[name]
+            now = slot.current()
+            ours = self._copies.get(id(now))
+            if memory is None or now is None or ours is None or then is None or before.get(slot) is not now:
+                if now is not None:
+                    self._copies[id(now)] = _Copy(now)
+                before[slot] = now
+            elif memory.layout == torch.strided and ours.fits(memory) and then.fits(memory):
+                current, earlier, kept = map(_as_integers, (memory, then.values, ours.values))
+                kept.copy_(torch.where(current != earlier, current, kept))
+            else:
+                self._copies[id(now)] = _Copy(now)
+        self._taken = list(before.items())
+
     def restorable_where(self) -> bool:
         """Whether :meth:`restore_where` can put back what was written since the backup; a look at the host only."""
         return all(
