@@ -141,6 +141,9 @@ class StepGuard(StabilityCallback):
     def protects_buffers(self) -> bool:
         return self.protect_buffers
 
+    def votes_on_nonfinite(self) -> bool:
+        return any(detector.kind == NonFinite.kind for detector in self.detectors)
+
     def guards_checkpoints(self) -> bool:
         return True
 

@@ -11,6 +11,7 @@ from stability_callbacks.diagnosis._history_plot import plot_history
 from stability_callbacks.diagnosis._incident import Incident, IncidentLog, read_incidents
 from stability_callbacks.diagnosis._isolation import RandomState, isolated
 from stability_callbacks.diagnosis._kinds import KINDS, Kind, kind_of, register_kind
+from stability_callbacks.diagnosis._numeric_errors import numeric_fault, raising_line
 from stability_callbacks.diagnosis._retention import bundles, make_room, tensor_bytes
 from stability_callbacks.diagnosis._step_row import StepRow
 from stability_callbacks.diagnosis._storable import Unsaved
@@ -34,7 +35,9 @@ __all__ = [
     "isolated",
     "kind_of",
     "make_room",
+    "numeric_fault",
     "plot_history",
+    "raising_line",
     "read_bundle",
     "read_history",
     "read_incidents",

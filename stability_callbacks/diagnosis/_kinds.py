@@ -73,6 +73,7 @@ for _kind in (
     Kind("spike", bundled=True, color="#c98a00", dark_color="#f2c14e"),
     Kind("rollback", "error", color="#0068a8", dark_color="#58b4f0"),
     Kind("checkpoint_refused", "error", color="#6b4fc4", dark_color="#a995f5"),
+    Kind("exception", "error", color="#a3195b", dark_color="#ff8fb8"),
     Kind("loss_scale", "info", color="#4e8a20", dark_color="#98cf62"),
 ):
     register_kind(_kind)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-__all__ = ["SourceLine", "calling_line"]
+__all__ = ["SourceLine", "calling_line", "is_users"]
 
 _NOT_THE_USERS = {
     "torch",
@@ -36,6 +36,12 @@ class SourceLine(NamedTuple):
         return f"{shown}:{self.line} in {self.function}" + (f": `{text}`" if text else "")
 
 
+def is_users(frame: FrameType) -> bool:
+    """Whether a frame runs code of the user's: neither PyTorch's, Lightning's, nor this package's."""
+    name = str(frame.f_globals.get("__name__", ""))
+    return name.partition(".")[0] not in _NOT_THE_USERS
+
+
 def calling_line(stop: str) -> SourceLine | None:
     """The innermost line of code on the stack that belongs neither to PyTorch, Lightning, nor this package.
 
@@ -50,7 +56,7 @@ def calling_line(stop: str) -> SourceLine | None:
         name = frame.f_globals.get("__name__", "")
         if name == stop:
             return None
-        if name.partition(".")[0] not in _NOT_THE_USERS:
+        if is_users(frame):
             return SourceLine(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back
     return None

@@ -69,6 +69,10 @@ class StepHooks:
         """Whether ``ModelCheckpoint`` must write no state that is not finite."""
         return False
 
+    def votes_on_nonfinite(self) -> bool:
+        """Whether it votes against steps whose loss is NaN, so that an exception of bad numbers may become one."""
+        return False
+
     def begin_training(self, training: Training) -> None:
         """Start work that needs all callbacks prepared."""
 

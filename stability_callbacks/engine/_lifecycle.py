@@ -31,8 +31,9 @@ from stability_callbacks.engine._optimizer_hooks import several_closures
 from stability_callbacks.engine._records import PendingRecord
 from stability_callbacks.engine._scalar_log import ScalarLog
 from stability_callbacks.engine._step import OptimizerStep, optimizer_labels
+from stability_callbacks.engine._step_errors import StepErrors
 from stability_callbacks.engine._step_life import StepLife
-from stability_callbacks.engine._training import Training
+from stability_callbacks.engine._training import StepError, Training
 from stability_callbacks.engine._training_state import averaged_models
 from stability_callbacks.errors import TrainingDivergedError
 from stability_callbacks.snapshots import SnapshotRing
@@ -69,6 +70,7 @@ class StepLifecycle:
         self._training: Training | None = None
         self._lives: dict[Optimizer, StepLife] = {}
         self._gate: CheckpointGate | None = None
+        self._errors: StepErrors | None = None
         self._state: SnapshotRing | None = None
         self._refused_at: int | None = None
         self._in_batch = False
@@ -111,6 +113,12 @@ class StepLifecycle:
             self._gate = self._gate or CheckpointGate(self.trainer, self._refuses_checkpoint)
             training.reshard()
             self._state = SnapshotRing(module, list(training.steps), averaged=averaged_models(self.trainer))
+        self._errors = StepErrors(
+            training,
+            catches=any(each.votes_on_nonfinite() for each in participants["votes_on_nonfinite"]),
+            on_error=self._report_error,
+            drop_step=self._drop_step,
+        )
         for callback in participants["begin_training"]:
             callback.begin_training(training)
         training.show_rates()
@@ -241,6 +249,24 @@ class StepLifecycle:
         if any(group.get("lr", 1.0) for group in optimizer.param_groups):
             self._warn_of_bypass("an optimizer stepped without Lightning's knowledge")
 
+    def _report_error(self, error: StepError) -> None:
+        training = self.training
+        rank = training.processes.rank
+        training.report(training.incident("exception", error.evidence(), "training ended", rank))
+
+    def _drop_step(self) -> None:
+        """An exception cut a step of manual optimization short: drop what there is of it, and put it on record."""
+        training = self.training
+        life = next(iter(self._lives.values()))
+        for each in self._lives.values():
+            each.finish_if_over()
+        self._stepped = self._steps_seen = True
+        training.window.take_loss()
+        life.drop(torch.full((), float("nan"), device=training.processes.device))
+        for step in training.steps.values():
+            for _, parameter in step.parameters:
+                parameter.grad = None
+
     def _report(self, incident: Incident) -> None:
         for callback in self._participants["on_incident"]:
             callback.on_incident(incident)
@@ -256,6 +282,8 @@ class StepLifecycle:
         if self._training is not None and not self.released:
             for callback in self._participants["finish_training"]:
                 callback.finish_training(self._training)
+        if self._errors is not None:
+            self._errors.remove()
         for life in self._lives.values():
             life.close()
         self._lives.clear()

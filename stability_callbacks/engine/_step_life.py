@@ -118,6 +118,17 @@ class StepLife:
         if self.step.measured and self._training.trainer.global_step > self.step.global_step:
             self._finish()
 
+    def drop(self, loss: Tensor) -> None:
+        """Judge a step by its loss alone, and finish it without an update.
+
+        Args:
+            loss: The loss, 0-dim.
+        """
+        self.measure(loss)
+        if self.step.skip is not None and self.step.skipped is None:
+            self.step.verdict.read()
+        self._finish()
+
     def abandon(self) -> None:
         """Forget a step that an exception ended, and undo what was for this step only."""
         self._undo()

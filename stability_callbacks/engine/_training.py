@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -21,7 +22,23 @@ from stability_callbacks.engine._step import OptimizerStep
 from stability_callbacks.engine._window import AccumulationWindow
 from stability_callbacks.snapshots import BufferBackup
 
-__all__ = ["Training"]
+__all__ = ["StepError", "Training"]
+
+
+class StepError(NamedTuple):
+    """An exception in a training step.
+
+    Attributes:
+        text: The exception in words, with what tells that numbers caused it.
+        source: The user's line that raised it, where there is one.
+    """
+
+    text: str
+    source: str | None
+
+    def evidence(self) -> dict[str, float | str]:
+        """The same for the record."""
+        return {"exception": self.text, **({} if self.source is None else {"raised_at": self.source})}
 
 
 class Training:
@@ -42,6 +59,7 @@ class Training:
         steps: The current step of each optimizer.
         window: The micro-batches of the current step.
         batch_idx: The index of the current batch.
+        errors: Exceptions that bad numbers caused, by ``trainer.global_step``, until their steps are on record.
     """
 
     def __init__(
@@ -63,6 +81,7 @@ class Training:
         self.loggers = loggers
         self.report = report
         self.batch_idx = 0
+        self.errors: dict[int, StepError] = {}
         self.statistics = statistics
         self._multipliers = multipliers
 
@@ -155,5 +174,7 @@ class Training:
         }
         if self.processes.several:
             seen["own_loss"] = record.own_loss
+        if (error := self.errors.pop(record.global_step, None)) is not None:
+            seen.update(error.evidence())
         where = record.global_step, record.epoch, record.batch_idx, self.processes.rank
         return Incident(*where, kind=record.kind, evidence=seen, action=action, optimizer=record.optimizer)

@@ -47,6 +47,7 @@ def loss_of(module: nn.Module, batch: Any, batch_idx: int) -> Tensor | None:
         tensor(2.)
     """
     step = getattr(module, "training_step", None)
+    step = getattr(step, "unguarded", step)  # see `StepErrors`
     if step is None:
         raise TypeError(f"`module` must have a training_step, got a {type(module).__name__}, which has none")
     if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):

@@ -1,0 +1,106 @@
+"""Exceptions in a training step that bad numbers caused: the step is bad, and training goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from stability_callbacks.diagnosis import numeric_fault, raising_line
+from stability_callbacks.engine._training import StepError, Training
+
+__all__ = ["StepErrors"]
+
+
+class StepErrors:
+    """Stands between a model's ``training_step``, and its backward pass, and the trainer.
+
+    Of an exception that NaN, infinity or numbers out of an operation's domain caused it makes a loss of NaN. That loss
+    depends on all trainable parameters, so all processes find the same gradients NaN and skip the step together. Any
+    other exception goes on, after it was reported.
+
+    Args:
+        training: The run.
+        catches: Whether there is somebody to skip the step.
+        on_error: Told of an exception that goes on.
+        drop_step: Drops the step of a manual optimization, which the exception has cut short.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        catches: bool,
+        on_error: Callable[[StepError], None],
+        drop_step: Callable[[], None],
+    ) -> None:
+        self._training = training
+        self._catches = catches
+        self._on_error = on_error
+        self._drop_step = drop_step
+        self._put_back: list[Callable[[], None]] = []
+        self._wrap(training.module, "training_step", self._after_step_failed)
+        if not training.processes.several:  # of several, one that breaks off would leave the others waiting
+            self._wrap(training.trainer.strategy, "backward", self._after_backward_failed)
+
+    def remove(self) -> None:
+        """Give model and strategy their own methods back."""
+        while self._put_back:
+            self._put_back.pop()()
+
+    def _wrap(self, owner: Any, name: str, recover: Callable[..., Any]) -> None:
+        method, attributes = getattr(owner, name), vars(owner)
+        before = attributes.get(name)
+
+        @wraps(method)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(*args, **kwargs)
+            except Exception as error:
+                reason = numeric_fault(error)
+                line = raising_line(error)
+                source = None if line is None else str(line)
+                if reason is None or not self._catches or self._is_sharded():
+                    self._on_error(StepError(reason or f"{type(error).__name__}: {error}".splitlines()[0], source))
+                    raise
+                self._training.errors[self._training.trainer.global_step] = StepError(reason, source)
+                return recover(*args, **kwargs)
+
+        guarded.unguarded = method  # type: ignore[attr-defined]  # for those who want to see the exception
+
+        def put_back() -> None:
+            if before is None:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = before
+
+        attributes[name] = guarded
+        self._put_back.append(put_back)
+
+    def _after_step_failed(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        if self._training.module.automatic_optimization:
+            return _nan_loss(self._trained())
+        self._drop_step()
+        return None
+
+    def _after_backward_failed(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        for parameter in self._trained():
+            parameter.grad = torch.full_like(parameter, math.nan)
+
+    def _trained(self) -> list[Tensor]:
+        if self._training.processes.several:  # DistributedDataParallel waits for every one that has a gradient
+            return [each for each in self._training.module.parameters() if each.requires_grad]
+        steps = self._training.steps.values()
+        return [parameter for step in steps for _, parameter in step.parameters if parameter.requires_grad]
+
+    def _is_sharded(self) -> bool:
+        return any(isinstance(parameter, DTensor) for parameter in self._training.module.parameters())
+
+
+def _nan_loss(parameters: list[Tensor]) -> Tensor:
+    """A loss of NaN on which each parameter has a gradient, of NaN in its first element."""
+    return torch.stack([parameter.flatten()[:1].sum() for parameter in parameters]).sum() * math.nan
