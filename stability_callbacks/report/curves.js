@@ -235,14 +235,16 @@
   }
 
   const drawn = new Map();
-  const observer = new ResizeObserver((entries) => {
-    for (const { target } of entries) {
-      if (!target.clientWidth) continue; // in a close-up that is not open
-      if (!drawn.has(target)) drawn.set(target, draw(target));
-      const { plot, place, height } = drawn.get(target);
-      if (place.clientWidth !== plot.width) plot.setSize({ width: place.clientWidth, height: height + MARGIN });
-    }
-  });
-  for (const figure of document.querySelectorAll(".chart")) observer.observe(figure);
+  function fit(figure) {
+    if (!figure.clientWidth) return; // in a close-up that is not open
+    if (!drawn.has(figure)) drawn.set(figure, draw(figure));
+    const { plot, place, height } = drawn.get(figure);
+    if (place.clientWidth !== plot.width) plot.setSize({ width: place.clientWidth, height: height + MARGIN });
+  }
+  const observer = new ResizeObserver((entries) => entries.forEach(({ target }) => fit(target)));
+  for (const figure of document.querySelectorAll(".chart")) {
+    fit(figure);
+    observer.observe(figure);
+  }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(({ plot }) => plot.redraw(false)));
 })();

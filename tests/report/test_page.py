@@ -300,6 +300,13 @@ def test_what_a_bundle_holds_is_escaped(tmp_path: Path) -> None:
     assert HOSTILE in {mark["text"].partition(", step")[0] for chart in page.charts for mark in chart["marks"]}
 
 
+def test_text_that_no_encoding_has_spoils_no_page(tmp_path: Path) -> None:
+    """JSON may hold half of a surrogate pair."""
+    log = IncidentLog(tmp_path / "run" / "incidents.jsonl")
+    log.append(incident(3, "\ud800", evidence={"\udfff": "\ud800"}, module="\x00\ud800"))
+    assert "1 incident, at step 3." in page_of(tmp_path / "run").words
+
+
 def test_curves_and_layers_with_hostile_names_are_escaped(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
