@@ -153,8 +153,12 @@ class Kind:
         Args:
             phase: Where it began, as ``Cause.phase``, where that is known.
         """
-        return self.phases.get(phase) or Wording(
-            self.title or _UNKNOWN.title, self.meaning or _UNKNOWN.meaning, self.remedies or _UNKNOWN.remedies
+        own = Wording(self.title, self.meaning, self.remedies)
+        known = [self.phases.get(phase, own), own, _UNKNOWN]
+        return Wording(
+            next(each.title for each in known if each.title),
+            next(each.meaning for each in known if each.meaning),
+            next(each.remedies for each in known if each.remedies),
         )
 
     @property

@@ -80,12 +80,20 @@ def test_a_kind_can_be_copied_pickled_and_hashed() -> None:
 
 
 def test_the_words_of_a_phase_come_before_those_of_the_kind() -> None:
-    forward = Wording("Broke in `{operation}`", "", ())
-    kind = Kind("mine", title="Broke", phases={"forward": forward})
-    assert kind.wording("forward") is forward
-    assert kind.wording("loss").title == kind.wording().title == "Broke"
+    kind = Kind("mine", title="Broke", phases={"forward": Wording("Broke in `{operation}`", "", ("Mend it.",))})
+    forward, other = kind.wording("forward"), kind.wording("loss")
+    assert (forward.title, forward.remedies) == ("Broke in `{operation}`", ("Mend it.",))
+    assert other == kind.wording()
+    assert other.title == "Broke"
     assert forward.is_of_a_place
-    assert not kind.wording().is_of_a_place
+    assert not other.is_of_a_place
+
+
+def test_what_a_phase_does_not_say_the_kind_says_or_general_terms() -> None:
+    kind = Kind("mine", meaning="All is lost.", phases={"forward": Wording("Broke", "", ())})
+    forward = kind.wording("forward")
+    assert (forward.title, forward.meaning) == ("Broke", "All is lost.")
+    assert forward.remedies == Kind("other").wording().remedies != ()
 
 
 def test_errors_are_told_before_warnings_and_grave_ones_before_others() -> None:
