@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,15 @@ def _parser() -> ArgumentParser:
     report = commands.add_parser("report", help="write an HTML page about a run", description=_REPORT)
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="directory of a run, or one above several")
     report.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    report.add_argument(
+        "--import",
+        dest="modules",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="a module to import first, such as one that registers kinds of your own; the working directory is "
+        "searched too; may be repeated",
+    )
     report.set_defaults(command=_report)
     replay = commands.add_parser(
         "replay",
@@ -118,9 +128,12 @@ def _object(text: str) -> dict[str, Any]:
 def _report(chosen: Namespace) -> int:
     from stability_callbacks.report import write_report
 
+    _search_working_directory()
     try:
+        for module in chosen.modules:
+            import_module(module)
         path = write_report(chosen.run_dir, chosen.output)
-    except OSError as error:
+    except (ImportError, OSError) as error:
         return _refuse(error)
     print(f"Wrote {path}")
     return 0
@@ -130,8 +143,7 @@ def _replay(chosen: Namespace) -> int:
     from stability_callbacks.diagnosis import BundleError, read_bundle
     from stability_callbacks.replay import ReplayError, build_model, import_factory, replay
 
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    _search_working_directory()
     try:
         bundle = read_bundle(chosen.bundle, allow_classes=chosen.allow_classes)
         if chosen.model is None:
@@ -159,6 +171,11 @@ def _replay(chosen: Namespace) -> int:
         Panel(Group(rows, Text(result.verdict, style=colour)), title=title, border_style=colour, expand=False)
     )
     return 0 if result.reproduced else 1
+
+
+def _search_working_directory() -> None:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
 
 
 def _refuse(error: Exception) -> int:

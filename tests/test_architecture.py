@@ -10,6 +10,7 @@ from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "stability_callbacks"
@@ -89,8 +90,9 @@ def test_the_package_does_not_import_its_users() -> None:
 
 def test_imported_packages_are_declared_dependencies() -> None:
     requirements = [Requirement(line) for line in requires("stability-callbacks") or ()]
-    declared = OPTIONAL | {each.name for each in requirements if not each.marker or each.marker.evaluate({"extra": ""})}
-    providers = packages_distributions()
+    needed = [each.name for each in requirements if not each.marker or each.marker.evaluate({"extra": ""})]
+    declared = set(map(canonicalize_name, [*OPTIONAL, *needed]))  # "Jinja2" and "jinja2" are one package
+    providers = {name: set(map(canonicalize_name, found)) for name, found in packages_distributions().items()}
 
     def undeclared(_: str, source: str) -> bool:
         package = top_level(source)

@@ -89,6 +89,21 @@ def test_report_takes_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (tmp_path / "pages" / "run.html").is_file()
 
 
+def test_report_imports_what_registers_kinds_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "a_users_kinds.py").write_text(
+        "from stability_callbacks.diagnosis import Kind, register_kind\n"
+        "register_kind(Kind('late', color='#123456', title='Batches come late', remedies=('Add workers.',)))\n"
+    )
+    IncidentLog(tmp_path / "incidents.jsonl").append(Incident(7, 0, 7, 0, "late", {}, "none"))
+    done = run("report", ".", "--import", "a_users_kinds", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "--kind-late: #123456;" in page
+    assert "Batches come late" in page
+    done = run("report", ".", "--import", "no_such_module", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: No module named 'no_such_module'\n")
+
+
 def test_nothing_to_report_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main(["report", "empty"]) == 2

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from stability_callbacks.diagnosis import _builtin_kinds as _builtin_kinds  # registers them
 from stability_callbacks.diagnosis._bundle import Bundle, BundleError, read_bundle, write_bundle
 from stability_callbacks.diagnosis._cause import Cause, find_cause
+from stability_callbacks.diagnosis._cures import cure_of
 from stability_callbacks.diagnosis._finding import Finding, Severity
 from stability_callbacks.diagnosis._history import StepHistory
 from stability_callbacks.diagnosis._history_csv import read_history, write_history
 from stability_callbacks.diagnosis._history_plot import plot_history
 from stability_callbacks.diagnosis._incident import Incident, IncidentLog, read_incidents
 from stability_callbacks.diagnosis._isolation import RandomState, isolated
-from stability_callbacks.diagnosis._kinds import KINDS, Kind, kind_of, register_kind
+from stability_callbacks.diagnosis._kinds import KINDS, Kind, Wording, kind_of, register_kind
 from stability_callbacks.diagnosis._numeric_errors import numeric_fault, raising_line
 from stability_callbacks.diagnosis._retention import bundles, make_room, tensor_bytes
 from stability_callbacks.diagnosis._step_row import StepRow
@@ -30,7 +32,9 @@ __all__ = [
     "StepHistory",
     "StepRow",
     "Unsaved",
+    "Wording",
     "bundles",
+    "cure_of",
     "find_cause",
     "isolated",
     "kind_of",

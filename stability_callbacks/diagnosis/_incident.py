@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from stability_callbacks._atomic import fsync
+from stability_callbacks.diagnosis._cures import NO_CURE, cure_of, is_backward
+from stability_callbacks.diagnosis._finding import Finding
+from stability_callbacks.diagnosis._kinds import Wording, kind_of
 
 __all__ = ["Incident", "IncidentLog", "read_incidents"]
 
+_PHASES = ("input", "parameter", "buffer", "forward", "loss", "backward")  # of a Cause
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -99,6 +103,57 @@ class Incident:
         evidence = {name: _decode(value) for name, value in values["evidence"].items()}
         return cls(**{**known, "evidence": evidence})
 
+    @property
+    def phase(self) -> str:
+        """Where in the step it began, as in ``Cause.phase``; ``"unknown"`` where the record does not tell."""
+        if (phase := self.evidence.get("phase")) in _PHASES:
+            return str(phase)
+        if self.operation is None:
+            return "unknown"
+        return "backward" if is_backward(self.operation) else "forward"
+
+    def wording(self, phase: str | None = None, last: int | None = None) -> Wording:
+        """What it is called, what it means, and what to change, in the words of its registered kind.
+
+        Args:
+            phase: Where in the step it began, if that is known better than from the record. Default: ``phase``.
+            last: The last step of several such incidents of which this is the first. Default: this one's.
+
+        Returns:
+            The words, with the operation, the place and the steps in them.
+        """
+        facts = {
+            "operation": self.operation or "an operation",
+            "where": _where(self.module),
+            "at": f", at `{self.source.replace('`', '')}`" if self.source else "",
+            "cure": cure_of(self.operation or "") or NO_CURE,
+            "first": f"{self.step:,}",
+            "last": f"{self.step if last is None else last:,}",
+        }
+        return kind_of(self.kind).wording(self.phase if phase is None else phase).filled(facts)
+
+    def finding(self) -> Finding:
+        """It as a finding: as grave as its registered kind, with the cause that was found and the first remedy.
+
+        Example:
+            >>> incident = Incident(7, 0, 7, 0, "nonfinite", {"loss": math.nan}, "skipped", "head", "log")
+            >>> print(incident.finding())  # doctest: +NORMALIZE_WHITESPACE
+            nonfinite in head: loss nan. Cause: log. Remedy: Use `stability_callbacks.numerics.safe_log`. For
+            probabilities use `log_softmax` or `logsigmoid`.
+        """
+        causes = self._causes()
+        evidence = {name: value for name, value in self.evidence.items() if name != "cause" or not causes}
+        remedy = self.wording().remedies[0]
+        return Finding(self.kind, kind_of(self.kind).severity, self.module or "", evidence, causes, remedy)
+
+    def _causes(self) -> tuple[str, ...]:
+        if self.evidence.get("phase") == "":  # the search says why it found none
+            return ()
+        if explanation := self.evidence.get("cause"):
+            return (str(explanation),)
+        origin = ", at ".join(filter(None, (self.operation, self.source)))
+        return (origin,) if origin else ()
+
 
 class IncidentLog:
     """A file of incidents, one JSON object a line, that survives the process at every moment.
@@ -170,6 +225,12 @@ def read_incidents(path: str | os.PathLike[str]) -> list[Incident]:
                 stacklevel=2,
             )
     return incidents
+
+
+def _where(module: str | None) -> str:
+    if module is None:
+        return "somewhere in the model"
+    return f"in module `{module}`" if module else "in the model itself, outside of its submodules,"
 
 
 def _encode(value: float | str) -> float | str:

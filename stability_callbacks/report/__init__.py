@@ -53,5 +53,5 @@ def write_report(directory: str | os.PathLike[str], output: str | os.PathLike[st
     shown = places[:_MOST_RUNS]
     text = page([read_run(place) for place in shown], directory, left_out=len(places) - len(shown))
     with atomic_path(output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")  # a record may hold lone surrogates
     return output

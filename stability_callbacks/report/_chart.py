@@ -1,4 +1,4 @@
-"""Curves over steps that stretch to any width, with what lies under the pointer said in words."""
+"""Curves over steps: a drawing that stretches to any width, and the data from which the page's script draws them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stability_callbacks.report._envelope import bin_numbers, bins_of, envelope
-from stability_callbacks.report._html import Html, tag
 from stability_callbacks.report._scalars import Series
 from stability_callbacks.report._scale import Scale, number
+from stability_callbacks.report._templates import Markup, kind_class, render
 
-__all__ = ["Curve", "Mark", "chart", "kind_class", "mark_lines", "place_of", "step_axis", "timeline"]
+__all__ = ["SIZE", "Curve", "Label", "Mark", "MarkLine", "chart", "mark_lines", "place_of", "step_axis", "timeline"]
 
 # Drawn in a square of this size, which the page stretches; lines keep their width.
 SIZE = 1000
 _BINS = 500
 _HOVER_BINS = 96
 _MARK_BINS = 200
-_KINDS = ("nonfinite", "spike", "input", "rollback", "checkpoint_refused", "loss_scale")
+_ZOOM_BINS = 1000
 
 
 class Curve(NamedTuple):
@@ -37,7 +37,7 @@ class Mark(NamedTuple):
 
     Attributes:
         step: Where.
-        kind: Its kind, which gives it its colour.
+        kind: Its kind, which gives it its color.
         target: Where on the page it is told of.
     """
 
@@ -46,13 +46,64 @@ class Mark(NamedTuple):
     target: str
 
 
+class Label(NamedTuple):
+    """A text at a place along an axis, which is written in percent."""
+
+    place: str
+    text: str
+
+
+class MarkLine(NamedTuple):
+    """A line from top to bottom where there were incidents of one kind.
+
+    Attributes:
+        x: Where, in the drawing.
+        first: The first step that it stands for.
+        kind: Their kind.
+        text: What it says under the pointer.
+    """
+
+    x: str
+    first: int
+    kind: str
+    text: str
+
+
+class _Line(NamedTuple):
+    color: str
+    path: str
+
+
+class _Text(NamedTuple):
+    x: str
+    text: str
+
+
+class _Entry(NamedTuple):
+    color: str
+    name: str
+    facts: str
+
+
+class _Link(NamedTuple):
+    place: str
+    target: str
+    text: str
+
+
+class _Row(NamedTuple):
+    kind: str
+    times: int
+    links: list[_Link]
+
+
 def chart(
     title: str,
     curves: Sequence[Curve],
     span: tuple[int, int],
     marks: Sequence[Mark] = (),
     logarithmic: bool | None = None,
-) -> Html:
+) -> Markup:
     """Draw curves that share a scale; a value that is not finite is a mark at the upper edge.
 
     Args:
@@ -63,83 +114,63 @@ def chart(
         logarithmic: Whether the scale shall be logarithmic. Default: if that suits the values.
 
     Returns:
-        A figure.
+        A figure. Where scripts run, the page replaces its drawing by one that can be zoomed.
     """
     values = np.concatenate([curve.series.values for curve in curves])
     scale = Scale.fitting(values, logarithmic)
     ticks = scale.ticks()
     upwards = sorted(range(len(curves)), key=lambda place: (curves[place].dots, -place))  # the first line over others
-    drawing = [
-        *(_grid_line(place) for place, _ in ticks),
-        *mark_lines(marks, span),
-        *(_line(place, curves[place], span, scale) for place in upwards),
-        *_breaks(curves, span),
-        *_hover(curves, span, marks),
-    ]
-    labels = [tag("span", text, style=f"bottom:{100 * place:.2f}%") for place, text in ticks]
-    legend = tag("ul", *(_legend(place, curve) for place, curve in enumerate(curves)), class_="legend")
-    note = tag("span", "logarithmic", class_="note") if scale.logarithmic else ""
-    return tag(
-        "figure",
-        tag("figcaption", tag("strong", title), " ", note, legend),
-        tag("div", *labels, class_="ticks"),
-        tag("div", tag("div", _svg(drawing), class_="plot"), step_axis(span)),
-        class_="chart",
+    return render(
+        "chart.html",
+        title=title,
+        size=SIZE,
+        logarithmic=scale.logarithmic,
+        legend=[_Entry(_color(place, curve), curve.name, _facts(curve)) for place, curve in enumerate(curves)],
+        ticks=[Label(f"{100 * place:.2f}", text) for place, text in ticks],
+        grid=[f"{SIZE * (1 - place):.1f}" for place, _ in ticks],
+        incidents=mark_lines(marks, span),
+        lines=[_Line(_color(place, curves[place]), _path(curves[place], span, scale)) for place in upwards],
+        breaks=_breaks(curves, span),
+        stripes=_stripes(curves, span, marks),
+        stripe_width=f"{SIZE / _HOVER_BINS:.1f}",
+        steps=step_axis(span),
+        data=_data(curves, span, marks, scale),
     )
 
 
-def timeline(marks: Sequence[Mark], span: tuple[int, int]) -> Html:
+def timeline(marks: Sequence[Mark], span: tuple[int, int]) -> Markup:
     """One row for each kind of incident, with a link at each step at which there was one."""
     by_kind: defaultdict[str, list[Mark]] = defaultdict(list)
     for mark in marks:
         by_kind[mark.kind].append(mark)
-    rows = []
-    for kind, members in by_kind.items():
-        links = [
-            tag(
-                "a",
-                href=f"#{group[0].target}",
-                title=_of_group(group),
-                aria_label=_of_group(group),
-                style=f"left:{100 * place_of(group[0].step, span):.2f}%",
-            )
-            for group in _grouped(members, span)
-        ]
-        caption = tag("div", tag("span", class_="dot"), f"{kind} ", tag("span", str(len(members)), class_="note"))
-        rows.append(tag("div", caption, tag("div", *links, class_="lane"), class_=f"row {kind_class(kind)}"))
-    return tag("div", *rows, class_="timeline")
 
+    def link(group: Sequence[Mark]) -> _Link:
+        return _Link(f"{100 * place_of(group[0].step, span):.2f}", group[0].target, _of_group(group))
 
-def mark_lines(marks: Sequence[Mark], span: tuple[int, int]) -> list[Html]:
-    """A line from top to bottom for each incident; one for those that would lie on each other."""
-    by_kind: defaultdict[str, list[Mark]] = defaultdict(list)
-    for mark in marks:
-        by_kind[kind_class(mark.kind)].append(mark)
-    return [
-        tag(
-            "line",
-            tag("title", _of_group(group)),
-            class_=f"incident {kind}",
-            x1=f"{SIZE * place_of(group[0].step, span):.1f}",
-            x2=f"{SIZE * place_of(group[0].step, span):.1f}",
-            y1=0,
-            y2=SIZE,
-        )
+    rows = [
+        _Row(kind, len(members), [link(group) for group in _grouped(members, span, _MARK_BINS)])
         for kind, members in by_kind.items()
-        for group in _grouped(members, span)
+    ]
+    return render("timeline.html", rows=rows)
+
+
+def mark_lines(marks: Sequence[Mark], span: tuple[int, int], bins: int = _MARK_BINS) -> list[MarkLine]:
+    """A line for each incident; one for those of a kind that would lie on each other."""
+    by_class: defaultdict[str, list[Mark]] = defaultdict(list)
+    for mark in marks:
+        by_class[kind_class(mark.kind)].append(mark)
+    return [
+        MarkLine(_x(group[0].step, span), group[0].step, group[0].kind, _of_group(group))
+        for members in by_class.values()
+        for group in _grouped(members, span, bins)
     ]
 
 
-def step_axis(span: tuple[int, int]) -> Html:
+def step_axis(span: tuple[int, int]) -> list[Label]:
     """The numbers of steps under a chart."""
     low, high = span
     ticks = Scale(float(low), float(high)).ticks(8)
-    texts = [
-        tag("span", text, style=f"left:{100 * place:.2f}%")
-        for place, text in ticks
-        if float(text.replace(",", "")) % 1 == 0
-    ]
-    return tag("div", *texts, class_="steps")
+    return [Label(f"{100 * place:.2f}", text) for place, text in ticks if float(text.replace(",", "")) % 1 == 0]
 
 
 def place_of(step: int, span: tuple[int, int]) -> float:
@@ -148,21 +179,40 @@ def place_of(step: int, span: tuple[int, int]) -> float:
     return min(max((step - low) / (high - low), 0.0), 1.0)
 
 
-def kind_class(kind: str) -> str:
-    """The class that gives a kind of incident its colour."""
-    return kind if kind in _KINDS else "other"
+def _data(curves: Sequence[Curve], span: tuple[int, int], marks: Sequence[Mark], scale: Scale) -> dict[str, object]:
+    """What the page's script draws: the curves with more points than a drawing of one size has use for."""
+    shortened = [envelope(curve.series, span, _ZOOM_BINS) for curve in curves]
+    return {
+        "span": span,
+        "range": (scale.low, scale.high),
+        "logarithmic": scale.logarithmic,
+        "curves": [
+            {
+                "name": curve.name,
+                "color": f"--{'text' if curve.dots else f'c{place}'}",
+                "dots": curve.dots,
+                "steps": short.steps.tolist(),
+                "values": [_rounded(value) for value in short.values.tolist()],
+            }
+            for place, (curve, short) in enumerate(zip(curves, shortened, strict=True))
+        ],
+        "marks": [
+            {"step": line.first, "color": f"--{kind_class(line.kind)}", "text": line.text}
+            for line in mark_lines(marks, span, _ZOOM_BINS)
+        ],
+    }
 
 
-def _svg(drawing: Sequence[Html]) -> Html:
-    return tag("svg", *drawing, viewBox=f"0 0 {SIZE} {SIZE}", preserveAspectRatio="none", role="img")
+def _rounded(value: float) -> float | str:
+    """As many digits as a pointer shows; as text if JSON has no such number."""
+    return float(f"{value:.5g}") if np.isfinite(value) else number(value)
 
 
-def _grid_line(place: float) -> Html:
-    y = f"{SIZE * (1 - place):.1f}"
-    return tag("line", class_="grid", x1=0, x2=SIZE, y1=y, y2=y)
+def _x(step: int, span: tuple[int, int]) -> str:
+    return f"{SIZE * place_of(step, span):.1f}"
 
 
-def _line(place: int, curve: Curve, span: tuple[int, int], scale: Scale) -> Html:
+def _path(curve: Curve, span: tuple[int, int], scale: Scale) -> str:
     short = envelope(curve.series, span, _BINS)
     ys = SIZE * (1 - scale.place(short.values))
     path, pen_down = [], False
@@ -170,37 +220,26 @@ def _line(place: int, curve: Curve, span: tuple[int, int], scale: Scale) -> Html
         if not np.isfinite(value):
             pen_down = False
             continue
-        point = f"{SIZE * place_of(step, span):.1f} {y:.1f}"
+        point = f"{_x(step, span)} {y:.1f}"
         path.append(f"L{point}" if pen_down else f"M{point}h0")  # h0: a point by itself is a dot
         pen_down = not curve.dots
-    return tag("path", class_=_curve_class("curve", place, curve), d="".join(path))
+    return "".join(path)
 
 
-def _breaks(curves: Sequence[Curve], span: tuple[int, int]) -> list[Html]:
+def _breaks(curves: Sequence[Curve], span: tuple[int, int]) -> list[_Text]:
     broken: defaultdict[int, list[str]] = defaultdict(list)
     for curve in curves:
         bad = _chosen(~np.isfinite(curve.series.values), curve.series)
         for part in bins_of(bad, span, _MARK_BINS).values():
             broken[part.first].append(f"{curve.name}: {_not_finite(part.broken)}, {_steps(part.first, part.last)}")
-    return [
-        tag(
-            "line",
-            tag("title", "\n".join(texts)),
-            class_="broken",
-            x1=f"{SIZE * place_of(step, span):.1f}",
-            x2=f"{SIZE * place_of(step, span):.1f}",
-            y1=0,
-            y2=SIZE // 12,
-        )
-        for step, texts in sorted(broken.items())
-    ]
+    return [_Text(_x(step, span), "\n".join(texts)) for step, texts in sorted(broken.items())]
 
 
 def _chosen(places: NDArray[np.bool_], series: Series) -> Series:
     return Series(series.steps[places], series.values[places])
 
 
-def _hover(curves: Sequence[Curve], span: tuple[int, int], marks: Sequence[Mark]) -> list[Html]:
+def _stripes(curves: Sequence[Curve], span: tuple[int, int], marks: Sequence[Mark]) -> list[_Text]:
     """Stripes that can't be seen, and say what lies in them."""
     texts: defaultdict[int, list[str]] = defaultdict(list)
     for curve in curves:
@@ -215,22 +254,13 @@ def _hover(curves: Sequence[Curve], span: tuple[int, int], marks: Sequence[Mark]
     for mark in marks:
         place = int(bin_numbers(np.array([mark.step]), span, _HOVER_BINS)[0])
         texts[place].append(f"{mark.kind} at step {mark.step:,}")
-    width = SIZE / _HOVER_BINS
     return [
-        tag(
-            "rect",
-            tag("title", "\n".join(lines[:12] + ["..."] * (len(lines) > 12))),
-            class_="hover",
-            x=f"{place * width:.1f}",
-            y=0,
-            width=f"{width:.1f}",
-            height=SIZE,
-        )
+        _Text(f"{place * SIZE / _HOVER_BINS:.1f}", "\n".join(lines[:12] + ["..."] * (len(lines) > 12)))
         for place, lines in sorted(texts.items())
     ]
 
 
-def _legend(place: int, curve: Curve) -> Html:
+def _facts(curve: Curve) -> str:
     values = curve.series.values
     finite = values[np.isfinite(values)]
     facts = [f"last {number(float(values[-1]))}"]
@@ -238,22 +268,17 @@ def _legend(place: int, curve: Curve) -> Html:
         facts.append(f"max {number(float(finite.max()))}")
     if broken := values.size - finite.size:
         facts.append(_not_finite(broken))
-    return tag(
-        "li",
-        tag("span", class_=_curve_class("swatch", place, curve)),
-        tag("span", curve.name),
-        tag("span", " · ".join(facts), class_="note"),
-    )
+    return " · ".join(facts)
 
 
-def _curve_class(name: str, place: int, curve: Curve) -> str:
-    return f"{name} {'dots' if curve.dots else f'c{place}'}"
+def _color(place: int, curve: Curve) -> str:
+    return "dots" if curve.dots else f"c{place}"
 
 
-def _grouped(marks: Sequence[Mark], span: tuple[int, int]) -> list[list[Mark]]:
+def _grouped(marks: Sequence[Mark], span: tuple[int, int], bins: int) -> list[list[Mark]]:
     groups: defaultdict[int, list[Mark]] = defaultdict(list)
     for mark in marks:
-        groups[int(bin_numbers(np.array([mark.step]), span, _MARK_BINS)[0])].append(mark)
+        groups[int(bin_numbers(np.array([mark.step]), span, bins)[0])].append(mark)
     return list(groups.values())
 
 

@@ -1,23 +1,26 @@
-"""The gradient norms of all layers over the steps, as colours."""
+"""The gradient norms of all layers over the steps, as colors."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from stability_callbacks.report._chart import SIZE, Mark, mark_lines, step_axis
 from stability_callbacks.report._envelope import bin_numbers, bins_of
-from stability_callbacks.report._html import Html, tag
-from stability_callbacks.report._png import indexed_png, png_address
 from stability_callbacks.report._scalars import Series
 from stability_callbacks.report._scale import number
+from stability_callbacks.report._templates import Markup, render
 
 __all__ = ["heat_map"]
 
 _MOST_COLUMNS = 192
-_LABELLED_ROWS = 64
+_LABELED_ROWS = 64
 
 # Viridis (matplotlib, CC0), at equal distances. The first three places of the palette are for what has no place on it.
 _ANCHORS = (
@@ -33,13 +36,20 @@ _ANCHORS = (
     "bddf26",
     "fde725",
 )
-_NOTHING, _ZERO, _BROKEN, _FIRST_COLOUR = 0, 1, 2, 3
+_NOTHING, _ZERO, _BROKEN, _FIRST_COLOR = 0, 1, 2, 3
 
 
-def heat_map(layers: Mapping[str, Series], span: tuple[int, int], marks: Sequence[Mark] = ()) -> Html:
+class _Row(NamedTuple):
+    name: str
+    facts: str
+    top: str
+    labeled: bool
+
+
+def heat_map(layers: Mapping[str, Series], span: tuple[int, int], marks: Sequence[Mark] = ()) -> Markup:
     """Draw the largest norm of each layer in each stretch of steps, on a logarithmic scale.
 
-    What is not finite and what is zero have colours of their own; nothing is drawn where there was no gradient.
+    What is not finite and what is zero have colors of their own; nothing is drawn where there was no gradient.
 
     Args:
         layers: The norms of each layer, at least one of them not empty.
@@ -51,41 +61,45 @@ def heat_map(layers: Mapping[str, Series], span: tuple[int, int], marks: Sequenc
     """
     pixels, least, most = _pixels(layers, span)
     height = max(3, min(18, 900 // len(layers)))  # of a row, in the page's pixels
-    every = -(-len(layers) // _LABELLED_ROWS)
-    names = [
-        tag("span", name, title=_facts(name, series), style=f"top:{100 * row / len(layers):.3f}%")
-        for row, (name, series) in enumerate(layers.items())
-        if row % every == 0
-    ]
-    stripes = [
-        tag("rect", tag("title", _facts(name, series)), class_="hover", x=0, y=row, width=SIZE, height=1)
-        for row, (name, series) in enumerate(layers.items())
-    ]
-    rows = tag("svg", *stripes, viewBox=f"0 0 {SIZE} {len(layers)}", preserveAspectRatio="none")
-    lines = tag("svg", *mark_lines(marks, span), viewBox=f"0 0 {SIZE} {SIZE}", preserveAspectRatio="none")
-    picture = tag("img", src=png_address(indexed_png(pixels, _palette())), alt="gradient norm by layer and step")
-    return tag(
-        "figure",
-        tag(
-            "figcaption",
-            tag("strong", "Gradient norm by layer"),
-            " ",
-            tag("span", "raw, largest of each stretch of steps", class_="note"),
-            _key(least, most),
-        ),
-        tag(
-            "div",
-            tag("div", *names, class_="names"),
-            tag("div", tag("div", picture, lines, rows, class_="plot"), step_axis(span)),
-            class_="rows",
-            style=f"--height:{height * len(layers)}px;--row:{100 / len(layers):.3f}%",
-        ),
-        class_="heat",
+    every = -(-len(layers) // _LABELED_ROWS)
+    return render(
+        "heat_map.html",
+        size=SIZE,
+        least=least,
+        most=most,
+        ramp=[f"#{color}" for color in _ANCHORS],
+        height=height * len(layers),
+        row_height=f"{100 / len(layers):.3f}",
+        rows=[
+            _Row(name, _facts(name, series), f"{100 * row / len(layers):.3f}", row % every == 0)
+            for row, (name, series) in enumerate(layers.items())
+        ],
+        picture=picture_address(pixels, _palette()),
+        incidents=mark_lines(marks, span),
+        steps=step_axis(span),
     )
 
 
+def picture_address(pixels: NDArray[np.uint8], palette: NDArray[np.uint8]) -> str:
+    """A picture of few colors as an address that holds it.
+
+    Args:
+        pixels: Index of each pixel's color, shape ``[height, width]``.
+        palette: Red, green, blue and opacity of each color, shape ``[colors, 4]``, at most 256 of them.
+
+    Returns:
+        The address of a PNG picture.
+    """
+    height, width = pixels.shape
+    picture = Image.frombytes("P", (width, height), pixels.tobytes())
+    picture.putpalette(palette.tobytes(), "RGBA")
+    file = BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 def _pixels(layers: Mapping[str, Series], span: tuple[int, int]) -> tuple[NDArray[np.uint8], float, float]:
-    """The colours, and the norms at the ends of the scale."""
+    """The colors, and the norms at the ends of the scale."""
     steps = np.unique(np.concatenate([series.steps for series in layers.values()]))
     columns = int(min(len(steps), _MOST_COLUMNS, span[1] - span[0] + 1))
     norms = np.full((len(layers), columns), -1.0)  # -1: no gradient
@@ -100,36 +114,24 @@ def _pixels(layers: Mapping[str, Series], span: tuple[int, int]) -> tuple[NDArra
     on_scale = np.isfinite(norms) & (norms > 0)
     positive = norms[on_scale]
     least, most = (float(positive.min()), float(positive.max())) if positive.size else (1.0, 1.0)
-    colours = np.full(norms.shape, _NOTHING, np.uint8)
+    colors = np.full(norms.shape, _NOTHING, np.uint8)
     share = np.log10(positive / least) / max(np.log10(most / least), 1e-3)
-    colours[on_scale] = _FIRST_COLOUR + np.rint(share * (255 - _FIRST_COLOUR)).astype(np.uint8)
-    colours[norms == 0] = _ZERO
-    colours[~np.isfinite(norms)] = _BROKEN
-    return colours, least, most
+    colors[on_scale] = _FIRST_COLOR + np.rint(share * (255 - _FIRST_COLOR)).astype(np.uint8)
+    colors[norms == 0] = _ZERO
+    colors[~np.isfinite(norms)] = _BROKEN
+    return colors, least, most
 
 
 def _palette() -> NDArray[np.uint8]:
-    anchors = np.array([list(bytes.fromhex(colour)) for colour in _ANCHORS], np.float64)
-    places = np.linspace(0, len(anchors) - 1, 256 - _FIRST_COLOUR)
-    colours = np.stack([np.interp(places, np.arange(len(anchors)), channel) for channel in anchors.T], axis=1)
+    anchors = np.array([list(bytes.fromhex(color)) for color in _ANCHORS], np.float64)
+    places = np.linspace(0, len(anchors) - 1, 256 - _FIRST_COLOR)
+    colors = np.stack([np.interp(places, np.arange(len(anchors)), channel) for channel in anchors.T], axis=1)
     palette: NDArray[np.float64] = np.full((256, 4), 255.0)
-    palette[_FIRST_COLOUR:, :3] = colours
+    palette[_FIRST_COLOR:, :3] = colors
     palette[_NOTHING] = 0, 0, 0, 0
     palette[_ZERO] = 0, 0, 0, 255
     palette[_BROKEN] = 213, 94, 0, 255
     return np.rint(palette).astype(np.uint8)
-
-
-def _key(least: float, most: float) -> Html:
-    gradient = ", ".join(f"#{colour}" for colour in _ANCHORS)
-    return tag(
-        "span",
-        number(least),
-        tag("span", class_="ramp", style=f"background:linear-gradient(to right, {gradient})"),
-        number(most),
-        *(tag("span", tag("span", class_=f"cell {name}"), name.replace("-", " ")) for name in ("not-finite", "zero")),
-        class_="key",
-    )
 
 
 def _facts(name: str, series: Series) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 
 from stability_callbacks.report._chart import Curve, Mark, chart, timeline
 from stability_callbacks.report._heat_map import heat_map
-from stability_callbacks.report._html import Html
 from stability_callbacks.report._run import Run
 from stability_callbacks.report._scalars import Series
+from stability_callbacks.report._templates import Markup
 
 __all__ = ["largest", "largest_gradient_norm", "overview", "span_of"]
 
@@ -26,7 +26,7 @@ _RATE = re.compile(r"(?:lr|lr-.*|lr/.*|learning_rate)$")
 _OF_MONITOR = re.compile(r"lr-(?P<optimizer>.*)")
 
 
-def overview(run: Run, span: tuple[int, int], marks: Sequence[Mark]) -> list[Html]:
+def overview(run: Run, span: tuple[int, int], marks: Sequence[Mark]) -> list[Markup]:
     """Draw a run: its incidents, loss, gradient norms, learning rates, loss scale, and the norms of its layers.
 
     Loggers see some steps only, and seldom those that went wrong; what the record tells of these is drawn as dots.

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stability_callbacks.diagnosis import Incident, IncidentLog, read_incidents
+from stability_callbacks.diagnosis import Incident, IncidentLog, kind_of, read_incidents
 
 NAN, INF = math.nan, math.inf
 NAMES_OF_NUMBERS = {"nan", "inf", "-inf"}
@@ -201,3 +201,38 @@ def test_several_may_write_to_one_file(tmp_path: Path) -> None:
     read = read_incidents(path)
     for rank in range(3):
         assert [value.step for value in read if value.rank == rank] == list(range(20))
+
+
+@given(incidents)
+def test_every_incident_is_a_finding(each: Incident) -> None:
+    finding = each.finding()
+    assert (finding.kind, finding.where) == (each.kind, each.module or "")
+    assert finding.severity == kind_of(each.kind).severity
+    assert finding.remedy
+    assert {
+        **finding.evidence,
+        **({"cause": finding.causes[0]} if finding.causes else {}),
+    }.keys() >= each.evidence.keys()
+
+
+def test_a_finding_has_the_cause_and_the_remedy() -> None:
+    evidence: dict[str, float | str] = {"loss": NAN, "cause": "sqrt of 0", "phase": "backward"}
+    each = Incident(7, 0, 7, 0, "nonfinite", evidence, "skipped", module="net.norm", operation="SqrtBackward0")
+    finding = each.finding()
+    assert (finding.severity, finding.where, finding.causes) == ("error", "net.norm", ("sqrt of 0",))
+    assert finding.evidence == {"loss": pytest.approx(NAN, nan_ok=True), "phase": "backward"}
+    assert "safe_sqrt" in finding.remedy
+    assert replace(each, kind="loss_scale").finding().severity == "info"
+
+
+def test_without_an_explanation_the_operation_and_its_source_are_the_cause() -> None:
+    each = replace(incident(1), operation="log", source="model.py:3")
+    assert each.finding().causes == ("log, at model.py:3",)
+    assert replace(each, operation=None, source=None).finding().causes == ()
+
+
+def test_why_no_cause_was_found_is_no_cause() -> None:
+    evidence: dict[str, float | str] = {"cause": "the model is sharded", "phase": ""}
+    finding = Incident(7, 0, 7, 0, "nonfinite", evidence, "skipped").finding()
+    assert finding.causes == ()
+    assert finding.evidence["cause"] == "the model is sharded"

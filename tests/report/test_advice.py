@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 
 import stability_callbacks.numerics
-from stability_callbacks.diagnosis import Cause
+from stability_callbacks.diagnosis import KINDS, Cause, Kind, Wording, register_kind
+from stability_callbacks.diagnosis._cures import _CURES
 from stability_callbacks.report import Observation, advise, cure_of
-from stability_callbacks.report._advice import _CURES, _TEXTS
 from tests.report.training import incident
+
+
+def wordings() -> dict[tuple[str, str | None], Wording]:
+    """All that is said of kinds, by kind and phase."""
+    own = {(name, None): kind.wording() for name, kind in KINDS.items()}
+    return own | {(name, phase): each for name, kind in KINDS.items() for phase, each in kind.phases.items()}
+
+
+TEXTS = [text for each in wordings().values() for text in (each.title, each.meaning, *each.remedies)]
 
 
 def seen(kind: str, step: int = 1, cause: Cause | None = None, **details: Any) -> Observation:
@@ -46,7 +55,7 @@ def test_an_unknown_operation_has_none_and_the_advice_says_what_to_do() -> None:
 
 
 def test_functions_that_are_advised_exist() -> None:
-    texts = " ".join([*_TEXTS.values(), *_CURES.values()])
+    texts = " ".join([*TEXTS, *_CURES.values()])
     names = set(re.findall(r"stability_callbacks\.numerics\.(\w+)", texts))
     assert names == set(stability_callbacks.numerics.__all__)
 
@@ -55,7 +64,7 @@ def test_callbacks_and_policies_that_are_advised_exist() -> None:
     from stability_callbacks import callbacks, clipping, detection, schedules
 
     known = {name for room in (callbacks, clipping, detection, schedules) for name in room.__all__}
-    names = set(re.findall(r"`(?:[A-Za-z]+\()?([A-Z][a-zA-Z]+[a-z][A-Za-z]*)\b", " ".join(_TEXTS.values())))
+    names = set(re.findall(r"`(?:[A-Za-z]+\()?([A-Z][a-zA-Z]+[a-z][A-Za-z]*)\b", " ".join(TEXTS)))
     assert names - {"MixedPrecision", "GradScaler"} <= known
     assert "StepGuard" in names
 
@@ -115,9 +124,41 @@ def test_the_gravest_comes_first_and_everyday_business_last() -> None:
 
 
 def test_no_text_has_a_gap_left() -> None:
-    kinds = [key.split()[0] if key else "else" for key in _TEXTS]
-    causes = [Cause(True, key.split()[1], "a", "A", "b", "c", "") if " " in key else None for key in _TEXTS]
-    for each in advise([seen(kind, cause=cause) for kind, cause in zip(kinds, causes, strict=True)]):
+    assert len(wordings()) > len(KINDS)
+    for kind, phase in [*wordings(), ("else", None)]:
+        cause = None if phase is None else Cause(True, phase, "a", "A", "b", "c", "")
+        [each] = advise([seen(kind, cause=cause)])
         text = " ".join([each.title, each.meaning, *each.changes])
-        assert not re.search(r"[{}]|None|  ", text.replace("'{\"", ""))
+        assert not re.search(r"[{}]|None|  ", text)
         assert each.changes
+
+
+def test_a_kind_of_the_users_own_has_its_advice_and_its_place(own_kind: Kind) -> None:
+    advice = advise([seen("spike", 1), seen("spike", 2), seen("mine", 3), seen("rollback", 4)])
+    assert [each.kind for each in advice] == ["rollback", "mine", "spike"]
+    mine = advice[1]
+    assert (mine.title, mine.meaning, mine.changes) == (own_kind.title, own_kind.meaning, own_kind.remedies)
+
+
+def test_braces_that_are_no_gaps_stay(own_kind: Kind) -> None:
+    register_kind(Kind("mine", title="{} {0} {x!r} {cure", remedies=("a {dict} of {'a': 1}",)))
+    [advice] = advise([seen("mine")])
+    assert (advice.title, advice.changes) == ("{} {0} {x!r} {cure", ("a {dict} of {'a': 1}",))
+
+
+def test_advice_is_told_as_a_finding() -> None:
+    log = {"operation": "log", "module": "net.head"}
+    cause = Cause(True, "forward", "net.head", "Linear", "log", None, "log made 3 -inf")
+    [advice] = advise(
+        [seen("nonfinite", 3, **log), seen("nonfinite", 5, cause, **log), seen("nonfinite", 9, cause, **log)]
+    )
+    finding = advice.finding
+    assert (finding.kind, finding.severity, finding.where) == ("nonfinite", "error", "net.head")
+    assert finding.evidence == {"times": 3, "first step": 3, "last step": 9}
+    assert finding.causes == ("log made 3 -inf", "log")
+    assert finding.remedy == advice.changes[0]
+
+
+def test_a_finding_of_several_places_is_of_the_whole_run() -> None:
+    [advice] = advise([seen("spike", 1, module="a"), seen("spike", 2, module="b")])
+    assert (advice.finding.where, advice.finding.severity) == ("", "warning")

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import shutil
+from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from stability_callbacks.diagnosis import IncidentLog
+from stability_callbacks.diagnosis import KINDS, Cause, IncidentLog, Kind, register_kind, write_bundle
 from stability_callbacks.report import write_report
-from tests.report.training import BAD_STEP, LAYERS, ROLLBACK_STEP, SPIKE_STEP, STEPS, incident, incidents, write_run
+from tests.report.training import (
+    BAD_STEP,
+    LAYERS,
+    ROLLBACK_STEP,
+    SPIKE_STEP,
+    STEPS,
+    curves,
+    history,
+    incident,
+    incidents,
+    write_record,
+    write_run,
+)
 
 EVERY = 30  # steps from log to log
 VOID = {"meta", "img", "br"}
@@ -27,6 +43,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.text: list[str] = []
+        self.code: defaultdict[str, list[str]] = defaultdict(list)
         self.feed(text)
         self.close()
         assert not self.open
@@ -40,12 +57,20 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] in ("style", "script"):
+            self.code[self.open[-1]].append(data)
+        elif self.open:
             self.text.append(data)
 
     @property
     def words(self) -> str:
         return " ".join(" ".join(self.text).split())
+
+    @property
+    def charts(self) -> list[dict[str, Any]]:
+        """What the page's script draws."""
+        types = [attributes.get("type") for tag, attributes in self.elements if tag == "script"]
+        return [json.loads(text) for kind, text in zip(types, self.code["script"], strict=True) if kind is not None]
 
     def of_class(self, name: str) -> list[dict[str, str]]:
         return [attributes for _, attributes in self.elements if name in attributes.get("class", "").split()]
@@ -69,11 +94,97 @@ def page(run: Path) -> Page:
 
 
 def test_the_page_needs_nothing_besides_itself(page: Page) -> None:
-    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "embed"}
+    assert not {tag for tag, _ in page.elements} & {"link", "iframe", "object", "embed", "base", "form"}
+    scripts = [attributes for tag, attributes in page.elements if tag == "script"]
+    assert all(attributes in ({}, {"type": "application/json"}) for attributes in scripts)
+    assert scripts.count({}) == 1
     addresses = [a[name] for _, a in page.elements for name in ("src", "href", "action", "srcset") if name in a]
     assert addresses
     assert all(address.startswith(("data:image/png;base64,", "#")) for address in addresses)
     assert "url(" not in "".join(str(element) for element in page.elements)
+    [style] = page.code["style"]
+    assert not re.search(r"url\(|@import|https?:|//", style)
+
+
+def test_the_page_names_no_address_in_the_network(page: Page, run: Path) -> None:
+    text = write_report(run, run.parent / "page.html").read_text(encoding="utf-8")
+    banner = "/*! https://github.com/leeoniya/uPlot (v1.6.32) */"  # a comment: whose the library is
+    assert text.count(banner) == 1
+    assert not re.search(r"(?:https?|wss?|ftp):|[\"'(=]\s*//", text.replace(banner, ""))
+    assert not re.search(r"\b(?:fetch|XMLHttpRequest|WebSocket|EventSource|sendBeacon|importScripts)\b", text)
+    assert "Permission is hereby granted, free of charge" in text  # the library's license goes where its copy goes
+
+
+def test_a_page_of_a_long_run_is_under_one_megabyte(tmp_path: Path) -> None:
+    """Every step of 20,000 is logged, so that no curve is drawn with all its points."""
+    run = tmp_path / "run"
+    values = curves(20_000)
+    write_record(run / "flight_record")
+    rows = zip(*(each.tolist() for each in values.values()), strict=True)
+    lines = [f"{step},{','.join(map(repr, row))}" for step, row in enumerate(rows)]
+    (run / "metrics.csv").write_text("\n".join([f"step,{','.join(values)}", *lines]))
+    output = write_report(run, tmp_path / "page.html")
+    assert 300_000 < output.stat().st_size < 1_000_000
+
+
+def test_the_data_for_zooming_holds_what_was_logged(page: Page) -> None:
+    charts = page.charts
+    assert len(charts) == len(page.of_class("chart")) == 3 + 2 * 2
+    loss, at_incidents = charts[0]["curves"]
+    assert (loss["name"], at_incidents["name"]) == ("train_loss", "at incidents")
+    assert loss["steps"] == list(range(0, STEPS, EVERY))
+    assert [step for step, value in zip(loss["steps"], loss["values"], strict=True) if value == "NaN"] == [
+        math.ceil(BAD_STEP / EVERY) * EVERY
+    ]
+    assert max(value for value in loss["values"] if value != "NaN") == pytest.approx(9.7)
+    assert charts[1]["logarithmic"]
+    assert not charts[2]["logarithmic"]
+    assert {mark["color"] for mark in charts[0]["marks"]} == {f"--kind-{each.kind}" for each in incidents()}
+
+
+def colors(page: Page) -> tuple[dict[str, str], dict[str, str]]:
+    """The custom properties of the page on a light and on a dark ground."""
+    [style] = page.code["style"]
+    light, dark = {}, {}
+    for block in re.findall(r"(@media \(prefers-color-scheme: dark\) \{\s*)?:root \{(.*?)\}", style, re.DOTALL):
+        (dark if block[0] else light).update(re.findall(r"(--[\w-]+): (#\w+);", block[1]))
+    return light, dark
+
+
+def test_every_color_that_is_used_is_defined_for_light_and_dark(page: Page) -> None:
+    light, dark = colors(page)
+    assert light.keys() == dark.keys()
+    used = {each for chart in page.charts for part in ("curves", "marks") for each in (e["color"] for e in chart[part])}
+    code = "".join(page.code["style"] + page.code["script"])
+    used |= set(re.findall(r"var\((--[\w-]+)\)", code)) - {"--kind", "--curve", "--height", "--row"}
+    assert {"--kind-nonfinite", "--c0", "--text"} <= used
+    assert used <= light.keys()
+
+
+def test_a_kind_of_the_users_own_is_shown_in_its_color_with_its_advice(tmp_path: Path, own_kind: Kind) -> None:
+    log = IncidentLog(tmp_path / "run" / "incidents.jsonl")
+    log.append(incident(3, "mine"))
+    log.append(incident(4, "nobodys"))
+    (tmp_path / "run" / "metrics.csv").write_text("step,train_loss\n0,1\n9,2\n")
+    page = page_of(tmp_path / "run")
+    light, dark = colors(page)
+    assert (light["--kind-mine"], dark["--kind-mine"]) == (own_kind.color, own_kind.dark_color)
+    assert ".kind-mine { --kind: var(--kind-mine); }" in page.code["style"][0]
+    shown = {name: page.of_class(name) for name in ("kind-mine", "other-kind")}
+    # In the timeline, the header, the table, the chart and the advice.
+    assert [len(each) for each in shown.values()] == [5, 5]
+    assert [mark["color"] for mark in page.charts[0]["marks"]] == ["--kind-mine", "--other-kind"]
+    for words in (own_kind.title, own_kind.meaning, "Give the loader more workers: num_workers=8"):
+        assert words in page.words
+    assert "A detector of your own spoke up" in page.words
+
+
+def test_a_hostile_kind_of_the_users_own_is_escaped(tmp_path: Path, own_kind: Kind) -> None:
+    register_kind(Kind(own_kind.name, title=HOSTILE, meaning=HOSTILE, remedies=(HOSTILE,)))
+    IncidentLog(tmp_path / "run" / "incidents.jsonl").append(incident(3, "mine"))
+    page = page_of(tmp_path / "run")
+    assert sum(tag == "script" for tag, _ in page.elements) == 1
+    assert page.words.count('<script>alert("x")</script>&amp;') == 3
 
 
 def test_links_lead_somewhere(page: Page) -> None:
@@ -115,8 +226,8 @@ def test_advice_is_given_for_every_kind(page: Page) -> None:
 
 def test_curves_are_drawn_with_their_incidents(page: Page) -> None:
     assert len(page.of_class("curve")) == 6 + 2 * 3  # of the run, and of two close-ups
-    assert {"nonfinite", "spike", "input", "rollback", "checkpoint_refused", "loss_scale"} <= {
-        kind for attributes in page.of_class("incident") for kind in attributes["class"].split()
+    assert {f"kind-{kind}" for kind in KINDS if kind in {each.kind for each in incidents()}} == {
+        kind for attributes in page.of_class("incident") for kind in attributes["class"].split() if kind != "incident"
     }
 
 
@@ -162,9 +273,49 @@ def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
     log.append(incident(1, HOSTILE, evidence={HOSTILE: HOSTILE}, bundle=HOSTILE.replace("/", ""), **details))
     log.append(incident(1, "nonfinite", **details))
     page = page_of(run)
-    assert not {tag for tag, _ in page.elements} & {"script", "b", "i", "u"}
+    assert not {tag for tag, _ in page.elements} & {"b", "i", "u"}
+    data = [{"type": "application/json"}] * len(page.charts)
+    assert [attributes for tag, attributes in page.elements if tag == "script"] == [*data, {}]
     assert page.words.count(HOSTILE) >= 6
     assert "<u>x" in page.text
+
+
+def test_what_a_bundle_holds_is_escaped(tmp_path: Path) -> None:
+    row = history(2, "spike", 3)[0]
+    rows = [row._replace(step=step, norms={HOSTILE: 1.0}, verdict=(HOSTILE,) * step) for step in range(2)]
+    write_bundle(
+        tmp_path / "run" / "bundles",
+        incident=incident(1, "spike", action=HOSTILE, evidence={"cause": HOSTILE}),
+        history=rows,
+        batches=[torch.ones(1)],
+        weights={"w": torch.ones(1)},
+        cause=Cause(True, "forward", HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE),
+        meta={"model": HOSTILE},
+    )
+    page = page_of(tmp_path / "run")
+    assert page.charts
+    scripts = [attributes for tag, attributes in page.elements if tag == "script"]
+    assert len(scripts) == len(page.charts) + 1
+    assert page.words.count("<script>alert") >= 5
+    assert HOSTILE in {mark["text"].partition(", step")[0] for chart in page.charts for mark in chart["marks"]}
+
+
+def test_text_that_no_encoding_has_spoils_no_page(tmp_path: Path) -> None:
+    """JSON may hold half of a surrogate pair."""
+    log = IncidentLog(tmp_path / "run" / "incidents.jsonl")
+    log.append(incident(3, "\ud800", evidence={"\udfff": "\ud800"}, module="\x00\ud800"))
+    assert "1 incident, at step 3." in page_of(tmp_path / "run").words
+
+
+def test_curves_and_layers_with_hostile_names_are_escaped(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    name = HOSTILE.replace('"', "")
+    (run / "metrics.csv").write_text(f'step,"loss{name}","grad_norm/{name}"\n0,1,2\n1,nan,3\n')
+    page = page_of(run)
+    assert [chart["curves"][0]["name"] for chart in page.charts] == [f"loss{name}"]
+    assert sum(tag == "script" for tag, _ in page.elements) == 2
+    assert f"loss{name}" in page.text
 
 
 def test_a_run_without_incidents_says_so(tmp_path: Path) -> None:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import math
-import struct
-import zlib
+import re
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from stability_callbacks.diagnosis import IncidentLog
 from stability_callbacks.report._chart import Curve, Mark, chart
 from stability_callbacks.report._envelope import bins_of, envelope
-from stability_callbacks.report._heat_map import heat_map
-from stability_callbacks.report._html import Html, prose, tag
-from stability_callbacks.report._png import indexed_png
+from stability_callbacks.report._heat_map import heat_map, picture_address
 from stability_callbacks.report._run import find_places
 from stability_callbacks.report._scalars import Series, read_scalars
 from stability_callbacks.report._scale import Scale, number
+from stability_callbacks.report._templates import Markup, prose, render
 from tests.report.training import incident
 
 values = st.floats(width=32)
@@ -80,36 +82,35 @@ def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_a_png_holds_the_pixels_and_the_palette() -> None:
-    pixels = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
-    palette = np.array([[0, 0, 0, 0], [255, 0, 0, 255], [0, 0, 255, 255]], np.uint8)
-    data = indexed_png(pixels, palette)
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    chunks, place = {}, 8
-    while place < len(data):
-        (size,) = struct.unpack(">I", data[place : place + 4])
-        name, content = data[place + 4 : place + 8], data[place + 8 : place + 8 + size]
-        (checksum,) = struct.unpack(">I", data[place + 8 + size : place + 12 + size])
-        assert checksum == zlib.crc32(name + content)
-        chunks[name], place = content, place + 12 + size
-    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (3, 2, 8, 3, 0, 0, 0)
-    assert chunks[b"PLTE"] == bytes([0, 0, 0, 255, 0, 0, 0, 0, 255])
-    assert chunks[b"tRNS"] == bytes([0, 255, 255])
-    assert zlib.decompress(chunks[b"IDAT"]) == bytes([0, 0, 1, 2, 0, 2, 1, 0])
+@pytest.mark.parametrize("colors", [3, 16, 256])
+def test_a_picture_holds_the_pixels_in_the_colors_of_the_palette(colors: int) -> None:
+    random = np.random.default_rng(0)
+    palette = random.integers(0, 256, (colors, 4), np.uint8)
+    palette[:2, 3] = 0, 255
+    pixels = random.integers(0, colors, (7, 5)).astype(np.uint8)
+    kind, _, content = picture_address(pixels, palette).partition(",")
+    assert kind == "data:image/png;base64"
+    with Image.open(BytesIO(base64.b64decode(content))) as picture:
+        assert picture.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(picture.convert("RGBA")), palette[pixels])
 
 
-def test_a_png_is_one_that_others_read(tmp_path: Path) -> None:
-    image = pytest.importorskip("matplotlib.image")
-    palette = np.array([[10, 20, 30, 255], [200, 100, 50, 255]], np.uint8)
-    (tmp_path / "a.png").write_bytes(indexed_png(np.array([[0, 1], [1, 1]], np.uint8), palette))
-    read = np.rint(image.imread(tmp_path / "a.png")[..., :3] * 255)
-    np.testing.assert_array_equal(read[0], [[10, 20, 30], [200, 100, 50]])
+def test_backticks_mark_code_and_what_they_hold_is_escaped() -> None:
+    assert isinstance(prose("a `<b>` c"), Markup)
+    assert prose("a `<b>` <c>") == "a <code>&lt;b&gt;</code> &lt;c&gt;"
+    assert prose("`") == "`"
 
 
-def test_html_is_escaped_unless_it_is_html() -> None:
-    assert tag("a", "<b>", tag("i", "&"), title='"<') == '<a title="&quot;&lt;">&lt;b&gt;<i>&amp;</i></a>'
-    assert isinstance(prose("a `<b>` c"), Html)
-    assert prose("a `<b>` c") == "a <code>&lt;b&gt;</code> c"
+def test_templates_escape_all_but_what_templates_made() -> None:
+    row = {"kind": "<b>", "times": "<i>", "links": [{"target": '"', "text": "<u>", "place": "'"}]}
+    markup = render("timeline.html", rows=[row])
+    assert not re.search(r"<[biu]>", markup)
+    assert 'href="#&#34;" title="&lt;u&gt;"' in markup
+
+
+def test_a_template_that_misses_a_value_says_so() -> None:
+    with pytest.raises(UndefinedError, match="rows"):
+        render("timeline.html")
 
 
 def test_a_lone_point_between_breaks_is_drawn_as_a_dot() -> None:
