@@ -124,7 +124,7 @@ class AccumulationWindow:
             skip: The verdict on the device, 0-dim boolean; None if there was none.
             skipped: The verdict where the host knows it.
         """
-        if skipped and not self._manual:
+        if skipped:
             return  # the backup still holds, since all was restored to it
         if skip is not None and skipped is None:
             for backup in self._backups():
