@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from stability_callbacks._validation import check_bool, check_number, check_pattern
@@ -42,6 +43,7 @@ class WeightPenalty(StabilityCallback):
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If a strength is negative or both are 0, or ``parameters`` is not a regular expression.
+        MisconfigurationException: At train start, if ``parameters`` matches nothing.
 
     Example:
         >>> from stability_callbacks import WeightPenalty
@@ -76,6 +78,12 @@ class WeightPenalty(StabilityCallback):
     def prepare(self, training: Training) -> None:
         self._scalars = []
         self._thresholds = {}
+        names = [name for step in training.steps.values() for name, _ in step.parameters]
+        if self._pattern is not None and not any(map(self._pattern.search, names)):
+            few = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise MisconfigurationException(
+                f"WeightPenalty(parameters={self.parameters!r}) matches no parameter of an optimizer; there are: {few}"
+            )
 
     def penalize(self, step: OptimizerStep) -> None:
         assert step.gradients is not None

@@ -35,6 +35,7 @@ from stability_callbacks.engine._step_errors import StepErrors
 from stability_callbacks.engine._step_life import StepLife
 from stability_callbacks.engine._training import StepError, Training
 from stability_callbacks.engine._training_state import averaged_models
+from stability_callbacks.engine._usage import warn_of_doubles
 from stability_callbacks.errors import TrainingDivergedError
 from stability_callbacks.snapshots import SnapshotRing
 
@@ -99,6 +100,7 @@ class StepLifecycle:
             multipliers=self._multipliers,
             statistics=self._statistics,
         )
+        warn_of_doubles(self._participants.all)
         self._attach_optimizers(training)
         if not any(parameter.requires_grad for step in training.steps.values() for _, parameter in step.parameters):
             rank_zero_warn(
@@ -141,7 +143,9 @@ class StepLifecycle:
         """Add a micro-batch's loss to that of the step."""
         for callback in self._participants["inject_before_backward"]:
             callback.inject_before_backward(loss)
-        self.training.window.add_loss(loss.detach())
+        loss = loss.detach()
+        # Lightning takes a loss of shape [1] too, and `manual_backward(loss, gradient=...)` any. NaN stays visible.
+        self.training.window.add_loss(loss.mean() if loss.dim() else loss)
 
     def on_after_backward(self) -> None:
         """A micro-batch's backward pass is over."""

@@ -32,7 +32,7 @@ def newest_readable_checkpoint(directory: str | Path) -> Path | None:
             first; subdirectories, and so sharded checkpoints, do not.
 
     Returns:
-        Its path; None if there is none, as when the job is started for the first time.
+        Its path; None if there is none, as when the job is started for the first time. That is said in a warning.
 
     Raises:
         TypeError: If ``directory`` is neither a string nor a path.
@@ -60,6 +60,16 @@ def newest_readable_checkpoint(directory: str | Path) -> Path | None:
         _log.warning("The checkpoint %s is damaged (%s); trying an older one.", path, problem)
     if found:
         _log.warning("None of the %d checkpoints in %s can be read.", len(found), folder)
+    elif deeper := sorted(path for path in folder.rglob("*/*.ckpt") if path.is_file()):
+        _log.warning(
+            "There is no checkpoint in %s itself, but %d below it, such as %s: give that directory to go on.",
+            folder,
+            len(deeper),
+            deeper[-1],
+        )
+    else:
+        missing = "" if folder.is_dir() else ", which does not exist"
+        _log.warning("There is no checkpoint in %s%s: training starts anew.", folder, missing)
     return None
 
 

@@ -92,7 +92,7 @@ def test_there_may_be_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     (tmp_path / "last.ckpt").symlink_to(tmp_path / "gone.ckpt")
     write(tmp_path / "inner", "step=1.ckpt")
     assert newest_readable_checkpoint(tmp_path) is None
-    assert not caplog.records
+    assert not [record for record in caplog.records if "below it" in record.message or "damaged" in record.message]
 
 
 def test_objects_that_need_trust_are_no_damage(tmp_path: Path) -> None:
@@ -122,3 +122,16 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     [path] = write(tmp_path, "step=1.ckpt")
     with pytest.raises(NotADirectoryError, match=r"got the file .*step=1\.ckpt"):
         newest_readable_checkpoint(path)
+
+
+def test_an_empty_or_missing_folder_and_one_level_too_high_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert newest_readable_checkpoint(tmp_path / "typo") is None
+    assert "does not exist: training starts anew" in caplog.text
+    (tmp_path / "checkpoints").mkdir()
+    assert newest_readable_checkpoint(tmp_path) is None
+    assert f"no checkpoint in {tmp_path}: training starts anew" in caplog.text
+    torch.save({"state_dict": {}}, tmp_path / "checkpoints" / "step=1.ckpt")
+    assert newest_readable_checkpoint(tmp_path) is None
+    assert "but 1 below it, such as" in caplog.text
