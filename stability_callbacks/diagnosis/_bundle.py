@@ -23,11 +23,10 @@ from torch import Tensor
 
 from stability_callbacks._atomic import atomic_path
 from stability_callbacks.diagnosis._cause import Cause
-from stability_callbacks.diagnosis._history_csv import read_history, write_history
+from stability_callbacks.diagnosis._history_csv import StepRow, read_history, write_history
 from stability_callbacks.diagnosis._history_plot import plot_history
 from stability_callbacks.diagnosis._incident import Incident
 from stability_callbacks.diagnosis._isolation import RandomState
-from stability_callbacks.diagnosis._step_row import StepRow
 from stability_callbacks.diagnosis._storable import from_storable, to_storable
 
 __all__ = ["Bundle", "BundleError", "Manifest", "read_bundle", "read_manifest", "write_bundle"]

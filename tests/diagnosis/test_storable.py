@@ -247,6 +247,25 @@ def test_names_that_are_code_make_no_class() -> None:
                 from_storable({"__stored__": what, "class": "a:B", "fields": {name: 1}})
 
 
+class Graph:
+    """As PyTorch Geometric's batches."""
+
+    def to_dict(self) -> dict[Any, Any]:
+        return {"x": torch.ones(2), ("a", "b"): {"y": [1]}, "__stored__": 3}
+
+
+@pytest.mark.parametrize("allow_classes", [False, True])
+def test_objects_that_read_like_mappings_come_back_as_look_alikes(allow_classes: bool) -> None:
+    back = through_a_file([Graph()], allow_classes)[0]
+    assert type(back).__name__ == "Graph"
+    assert back.x is back["x"]
+    assert torch.equal(back.x, torch.ones(2))
+    assert back["a", "b"] == {"y": [1]}
+    assert back["__stored__"] == 3
+    with pytest.raises(AttributeError, match="this Graph has no 'num_graphs': only its items were kept"):
+        _ = back.num_graphs
+
+
 # ---- what can't be stored, and what can't be read
 
 
@@ -266,6 +285,14 @@ def test_what_can_not_be_stored_is_listed_and_marked() -> None:
     assert torch.equal(back[0]["x"], torch.ones(1))
     assert back[2] == Unsaved("numpy:ndarray")
     assert to_storable(Unknown())[1] == ["all of it"]
+
+
+def test_what_holds_itself_is_left_out_where_it_comes_again() -> None:
+    loop: list[Any] = [1]
+    loop.append({"again": loop})
+    structure, left_out = to_storable([loop, loop])
+    assert left_out == ["[0][1]['again']", "[1][1]['again']"]
+    assert from_storable(structure)[0] == [1, {"again": Unsaved("builtins:list")}]
 
 
 @pytest.mark.parametrize(
