@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import SUPPORTED_NODES, GetAttrKey, MappingKey, SequenceKey, keystr
+from torch.utils._pytree import SUPPORTED_NODES, GetAttrKey, MappingKey, SequenceKey
 
 __all__ = ["GetAttrKey", "MappingKey", "is_mapping_like", "members", "named_leaves", "named_tensors", "named_values"]
 
@@ -85,17 +85,25 @@ def named_leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _walk(node: Any, place: str, around: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
-    inside = None if _is_endless(node, around) else members(node)
+    inside = None if _is_leaf(node) or _is_endless(node, around) else members(node)
     if inside is None:
         yield place, node
         return
+    around = (*around, node)
     for key, member in inside:
-        yield from _walk(member, place + keystr((key,)), (*around, node))
+        if _is_leaf(member):  # most are: it saves a generator for each
+            yield f"{place}{key}", member
+        else:
+            yield from _walk(member, f"{place}{key}", around)
+
+
+def _is_leaf(node: Any) -> bool:
+    return node is None or isinstance(node, _LEAVES)
 
 
 def _is_endless(node: Any, around: tuple[Any, ...]) -> bool:
     if any(node is each for each in around):
-        return not isinstance(node, _LEAVES)
+        return True
     return is_mapping_like(node) and sum(map(is_mapping_like, around)) >= _MOST_MAPPING_LIKE
 
 
@@ -109,7 +117,7 @@ def members(node: Any) -> Members | None:
         >>> [(str(key), member) for key, member in members({"mask": 1, 5: 2})], members("text")
         ([("['mask']", 1), ('[5]', 2)], None)
     """
-    if node is None or isinstance(node, _LEAVES):
+    if _is_leaf(node):
         return None
     registered = SUPPORTED_NODES.get(type(node))
     if registered is not None and registered.flatten_with_keys_fn is not None:
@@ -141,7 +149,7 @@ def is_mapping_like(node: Any) -> bool:
     tables do, is none.
     """
     kind: type = type(node)
-    return not isinstance(node, _LEAVES) and _reads_like_a_mapping(kind)
+    return not _is_leaf(node) and _reads_like_a_mapping(kind)
 
 
 def _items(node: Any) -> Iterable[tuple[Any, Any]]:

@@ -284,7 +284,7 @@ def _plain(value: Any, place: str, left_out: list[str]) -> Any:
     if value is None or isinstance(value, (int, float, str)):
         return value
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        items = {key: _plain(item, f"{place}.{key}", left_out) for key, item in value.items()}
+        items = {key: _plain(item, f"{place}[{key!r}]", left_out) for key, item in value.items()}
         return {key: item for key, item in items.items() if item is not _LEFT_OUT}
     if isinstance(value, (list, tuple)):
         elements = [_plain(item, f"{place}[{index}]", left_out) for index, item in enumerate(value)]
