@@ -55,6 +55,17 @@ class Breaking(nn.Module):
         return (out * 0).log() if self.breaks else out
 
 
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, nn.DataParallel], ids=["checkpointed", "data parallel"])
+@pytest.mark.parametrize(("name", "phase"), [("1.weight", "parameter"), ("1.running_var", "buffer")])
+def test_a_cause_names_a_wrapped_parameter_or_buffer_plainly(wrap: Any, name: str, phase: str) -> None:
+    norm = nn.BatchNorm1d(2).eval()
+    getattr(norm, name.partition(".")[2]).data[0] = float("nan")
+    model = nn.Sequential(nn.Linear(2, 2), wrap(norm))
+    cause = find_cause(model, lambda: model(torch.ones(2, 2)).sum())
+    assert (cause.phase, cause.module, cause.module_type) == (phase, "1", "BatchNorm1d")
+    assert cause.explanation.startswith(f"{name} held 1 NaN")
+
+
 WRAPPERS: dict[str, Any] = {
     "plain": lambda module: module,
     "compiled": lambda module: torch.compile(module, backend="eager"),

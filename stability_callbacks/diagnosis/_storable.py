@@ -116,6 +116,7 @@ class _Taken:
     def __init__(self) -> None:
         self.left_out: list[str] = []
         self.copies: dict[tuple[Any, ...], Tensor] = {}
+        self.sources: list[Tensor] = []  # held, so that no other tensor gets the memory of one that was made for us
         self.around: list[Any] = []  # the containers that it is in
 
 
@@ -149,6 +150,7 @@ def _take_tensor(value: Tensor, place: str, taken: _Taken) -> Any:
     key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
     if key not in taken.copies:
         copy = tensor.cpu().resolve_conj().resolve_neg()
+        taken.sources.append(tensor)
         larger = copy.untyped_storage().nbytes() > copy.numel() * copy.itemsize
         taken.copies[key] = copy.clone() if larger else copy
     return taken.copies[key]
@@ -186,21 +188,22 @@ def _take_container(value: Any, place: str, taken: _Taken) -> Any:
 
 def _shaped(value: Any, items: Sequence[tuple[Any, Any]], taken: _Taken) -> Any:
     """A container's members, which are plain already, in the plain structure that says what it was."""
-    keys = {type(key) for key, _ in items}
-    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
-        elements = [item for _, item in items]
+    fields = {key.name: item for key, item in items if isinstance(key, GetAttrKey)}
+    pairs = [(key.key, item) for key, item in items if isinstance(key, MappingKey)]
+    elements = [item for _, item in items]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {_TAG: "namedtuple", "class": _class_path(type(value)), "fields": fields}
+    if isinstance(value, Sequence):
         return tuple(elements) if isinstance(value, tuple) else elements
-    if keys == {GetAttrKey} or (not keys and (is_dataclass(value) or isinstance(value, tuple))):
-        what = "namedtuple" if isinstance(value, tuple) else "dataclass"
-        return {_TAG: what, "class": _class_path(type(value)), "fields": {key.name: item for key, item in items}}
-    if keys == {MappingKey} or isinstance(value, Mapping):
-        pairs = [(key.key, item) for key, item in items]
-        if not isinstance(value, Mapping):
-            return {_TAG: "object", "class": _class_path(type(value)), "items": _plain_pairs(pairs, taken)}
+    if isinstance(value, Mapping) and len(pairs) == len(items):
         if all(type(key) in (str, int) and key != _TAG for key, _ in pairs):
             return dict(pairs)
         return {_TAG: "mapping", "items": _plain_pairs(pairs, taken)}
-    return [item for _, item in items]
+    if len(fields) == len(items) and (fields or is_dataclass(value)):
+        return {_TAG: "dataclass", "class": _class_path(type(value)), "fields": fields}
+    if len(pairs) == len(items):
+        return {_TAG: "object", "class": _class_path(type(value)), "items": _plain_pairs(pairs, taken)}
+    return elements  # of a container that a user registered in pytree
 
 
 def _plain_pairs(pairs: Iterable[tuple[Any, Any]], taken: _Taken) -> list[tuple[Any, Any]]:

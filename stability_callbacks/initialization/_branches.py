@@ -83,7 +83,7 @@ def _last_layer_in(wiring: Wiring, name: str, kinds: Kinds) -> str | None:
     if graph is not None:
         return _last_layer(wiring, Call(name, graph.output_node()), set(), kinds)
     layers = [each for each, layer in named_modules(module) if isinstance(layer, kinds)]
-    return f"{name}.{layers[-1]}" if layers else None
+    return ".".join(filter(None, (name, layers[-1]))) if layers else None
 
 
 def _kernels(wiring: Wiring, call: Call) -> int:
