@@ -16,9 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from stability_callbacks import gradient_pass
 from stability_callbacks.clipping import ClipRule, NormClip, ValueClip
-from stability_callbacks.gradient_pass import GradientPass, measure_gradients, scale_each_gradient_, scale_gradients_
+from stability_callbacks.gradient_pass import (
+    GradientPass,
+    _norms,
+    measure_gradients,
+    scale_each_gradient_,
+    scale_gradients_,
+)
 from stability_callbacks.snapshots import BufferBackup
 
 NAN, INF = math.nan, math.inf
@@ -67,7 +72,7 @@ def norms(mesh: DeviceMesh) -> Any:
     results: dict[float, Any] = {}
     for norm_type in NORM_TYPES:
         weights = parameters(mesh)
-        with mock.patch.object(gradient_pass, "all_reduce", wraps=gradient_pass.all_reduce) as all_reduce:
+        with mock.patch.object(_norms, "all_reduce", wraps=_norms.all_reduce) as all_reduce:
             measured = measure_gradients(weights, norm_type)
         results[norm_type] = (measured.per_tensor, measured.total, all_reduce.call_count)
     return results
@@ -165,7 +170,7 @@ def two_axes(mesh: DeviceMesh) -> Any:
         grid = init_device_mesh("cpu", shape)
         for placements in ([Replicate(), Shard(0)], [Shard(0), Shard(1)], [Shard(0), Shard(0)]):
             sharded = distribute_tensor(gradient, grid, placements)
-            results += [gradient_pass.tensor_norms([sharded], norm_type) for norm_type in (2.0, INF)]
+            results += [_norms.tensor_norms([sharded], norm_type) for norm_type in (2.0, INF)]
     return results
 
 

@@ -69,9 +69,9 @@ def input_magnitude(batch: Any) -> Tensor | None:
     with ``torch.maximum``, which keeps a NaN.
 
     Args:
-        batch: Tensors in any nesting of mappings, lists, tuples (named ones too) and dataclasses. Floating-point and
-            complex tensors count, of any shape and layout; of a sharded one (``DTensor``) the local shard. Everything
-            else is passed over.
+        batch: Tensors in any nesting of mappings, sequences, dataclasses and objects that can be read as mappings, such
+            as the graphs of PyTorch Geometric. Floating-point and complex tensors count, of any shape and layout; of a
+            sharded one (``DTensor``) the local shard. Everything else is passed over.
 
     Returns:
         0-dim, on the first tensor's device, float32 (float64 if a tensor is): NaN if a value is NaN, 0 if all tensors

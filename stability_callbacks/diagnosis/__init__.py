@@ -1,4 +1,7 @@
-"""What happened: the record of a run's incidents, and where a non-finite value came from. Pure PyTorch."""
+"""What happened and why: incidents and findings, causes of non-finite values, the signal's way through a model.
+
+Pure PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,15 @@ from stability_callbacks.diagnosis._cause import Cause, find_cause
 from stability_callbacks.diagnosis._cures import cure_of
 from stability_callbacks.diagnosis._finding import Finding, Severity
 from stability_callbacks.diagnosis._history import StepHistory
-from stability_callbacks.diagnosis._history_csv import read_history, write_history
+from stability_callbacks.diagnosis._history_csv import StepRow, read_history, write_history
 from stability_callbacks.diagnosis._history_plot import plot_history
 from stability_callbacks.diagnosis._incident import Incident, IncidentLog, read_incidents
 from stability_callbacks.diagnosis._isolation import RandomState, isolated
 from stability_callbacks.diagnosis._kinds import KINDS, Kind, Wording, kind_of, register_kind
 from stability_callbacks.diagnosis._numeric_errors import numeric_fault, raising_line
 from stability_callbacks.diagnosis._retention import bundles, make_room, tensor_bytes
-from stability_callbacks.diagnosis._step_row import StepRow
+from stability_callbacks.diagnosis._signal import LossFunction, signal_report
+from stability_callbacks.diagnosis._signal_report import SignalFinding, SignalReport, SignalRow
 from stability_callbacks.diagnosis._storable import Unsaved
 
 __all__ = [
@@ -27,8 +31,12 @@ __all__ = [
     "Incident",
     "IncidentLog",
     "Kind",
+    "LossFunction",
     "RandomState",
     "Severity",
+    "SignalFinding",
+    "SignalReport",
+    "SignalRow",
     "StepHistory",
     "StepRow",
     "Unsaved",
@@ -46,6 +54,7 @@ __all__ = [
     "read_history",
     "read_incidents",
     "register_kind",
+    "signal_report",
     "tensor_bytes",
     "write_bundle",
     "write_history",

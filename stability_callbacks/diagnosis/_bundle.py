@@ -23,11 +23,10 @@ from torch import Tensor
 
 from stability_callbacks._atomic import atomic_path
 from stability_callbacks.diagnosis._cause import Cause
-from stability_callbacks.diagnosis._history_csv import read_history, write_history
+from stability_callbacks.diagnosis._history_csv import StepRow, read_history, write_history
 from stability_callbacks.diagnosis._history_plot import plot_history
 from stability_callbacks.diagnosis._incident import Incident
 from stability_callbacks.diagnosis._isolation import RandomState
-from stability_callbacks.diagnosis._step_row import StepRow
 from stability_callbacks.diagnosis._storable import from_storable, to_storable
 
 __all__ = ["Bundle", "BundleError", "Manifest", "read_bundle", "read_manifest", "write_bundle"]
@@ -285,7 +284,7 @@ def _plain(value: Any, place: str, left_out: list[str]) -> Any:
     if value is None or isinstance(value, (int, float, str)):
         return value
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        items = {key: _plain(item, f"{place}.{key}", left_out) for key, item in value.items()}
+        items = {key: _plain(item, f"{place}[{key!r}]", left_out) for key, item in value.items()}
         return {key: item for key, item in items.items() if item is not _LEFT_OUT}
     if isinstance(value, (list, tuple)):
         elements = [_plain(item, f"{place}[{index}]", left_out) for index, item in enumerate(value)]

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils import checkpoint
 
+from stability_callbacks._names import plain_name
 from stability_callbacks._validation import check_instance
+from stability_callbacks.activations import ModuleStack, modules_by_name
 from stability_callbacks.diagnosis._backward_trace import Break, first_break
-from stability_callbacks.diagnosis._forward_trace import ForwardTrace, ModuleStack, Origin, Site, plain_name
+from stability_callbacks.diagnosis._forward_trace import ForwardTrace, Origin, Site
 from stability_callbacks.diagnosis._isolation import isolated
 from stability_callbacks.diagnosis._values import describe, is_finite
 
@@ -141,7 +143,8 @@ def _cause_in_gradients_or_loss(model: nn.Module, trace: ForwardTrace, loss: Ten
     finite = is_finite(loss)
     # Where several processes train together, all of them go backward: there may be collectives on the way.
     together = distributed.is_available() and distributed.is_initialized()
-    broken = first_break(loss, list(model.named_parameters())) if finite or together else None
+    parameters = [(plain_name(name, model), parameter) for name, parameter in model.named_parameters()]
+    broken = first_break(loss, parameters) if finite or together else None
     if not finite:
         origin = trace.origin_of(loss)
         return _unexplained_loss(loss) if origin is None else _cause_of(model, trace.explained(origin))
@@ -172,7 +175,7 @@ def _cause_of_spoiled_buffer(model: nn.Module, name: str, origin: Origin | None)
 
 
 def _cause(model: nn.Module, phase: str, site: Site, operation: str | None, what: str) -> Cause:
-    kind = type(model.get_submodule(site.module)).__name__
+    kind = type(modules_by_name(model)[site.module]).__name__
     where = f"in module '{site.module}' ({kind})" if site.module else f"in {kind} itself, outside of its submodules"
     source = None if site.line is None else str(site.line)
     explanation = f"{what} {where}" + (f", at {source}" if source else "")
@@ -198,4 +201,4 @@ def _not_reproduced(explanation: str) -> Cause:
 
 def _owner(name: str) -> str:
     """Full name of the module that a parameter or buffer belongs to."""
-    return plain_name(name.rpartition(".")[0])
+    return name.rpartition(".")[0]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Sequence
 from math import isinf
 from typing import Any, NamedTuple
 
@@ -15,19 +13,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from stability_callbacks._names import plain_name
+from stability_callbacks._nesting import named_values
+from stability_callbacks.activations import ModuleStack
 from stability_callbacks.diagnosis._backward_trace import node_name
 from stability_callbacks.diagnosis._operations import Call, leaves_memory_unset, operation_name
 from stability_callbacks.diagnosis._source import SourceLine, calling_line
-from stability_callbacks.diagnosis._values import (
-    describe,
-    is_finite,
-    kinds,
-    named_values,
-    numbers,
-)
+from stability_callbacks.diagnosis._values import describe, is_finite, kinds, numbers
 from stability_callbacks.gradient_pass import writable_values
 
-__all__ = ["ForwardTrace", "ModuleStack", "Origin", "Site", "plain_name"]
+__all__ = ["ForwardTrace", "Origin", "Site"]
 
 # In-place operations whose result does not depend on what was there.
 _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_", "exponential_"}
@@ -92,50 +87,6 @@ class _Execution(NamedTuple):
         return numbers(value) if isinstance(value, Tensor) else value
 
 
-def plain_name(name: str) -> str:
-    """A module's name without the wrapper that ``torch.compile`` puts around it.
-
-    Example:
-        >>> plain_name("net._orig_mod.0"), plain_name("_orig_mod")
-        ('net.0', '')
-    """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-class ModuleStack:
-    """Which module of a model runs now."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._running: list[str] = []
-
-    @property
-    def current(self) -> str:
-        """Full name of the innermost module that runs; empty outside of all submodules."""
-        return self._running[-1] if self._running else ""
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Follow the modules' calls."""
-        handles = []
-        try:
-            for name, module in self.model.named_modules():
-                enter, leave = partial(self._enter, plain_name(name)), partial(self._leave, plain_name(name))
-                handles.append(module.register_forward_pre_hook(enter, prepend=True))
-                handles.append(module.register_forward_hook(leave, always_call=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, name: str, *_: Any) -> None:
-        self._running.append(name)
-
-    def _leave(self, name: str, *_: Any) -> None:
-        while self._running and self._running.pop() != name:
-            pass  # a module that an exception left early
-
-
 class ForwardTrace(TorchDispatchMode):
     """Watches every operation while it is entered, and knows where the non-finite values in a tensor came from.
 
@@ -173,8 +124,8 @@ class ForwardTrace(TorchDispatchMode):
         model = self._modules.model
         groups: list[tuple[str, Iterable[tuple[str, Tensor]]]] = [
             ("input", named_values(batch)),
-            ("parameter", model.named_parameters()),
-            ("buffer", model.named_buffers()),
+            ("parameter", _plainly(model, model.named_parameters())),
+            ("buffer", _plainly(model, model.named_buffers())),
         ]
         for phase, tensors in groups:
             for name, tensor in tensors:
@@ -316,7 +267,7 @@ class ForwardTrace(TorchDispatchMode):
         """Buffers that were finite and are not now, with what spoiled them."""
         return [
             (name, self.origin_of(buffer))
-            for name, buffer in self._modules.model.named_buffers()
+            for name, buffer in _plainly(self._modules.model, self._modules.model.named_buffers())
             if name in self._finite_buffers.values() and not is_finite(buffer)
         ]
 
@@ -327,6 +278,10 @@ class ForwardTrace(TorchDispatchMode):
         """
         index = bisect_left(self._sequence_numbers, sequence_number) - (name == "CopySlices")
         return self._sites[index] if 0 <= index < len(self._sites) else None
+
+
+def _plainly(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    return ((plain_name(name, model), tensor) for name, tensor in tensors)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

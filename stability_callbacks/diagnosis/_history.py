@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from stability_callbacks._validation import check_choice, check_integer, check_number
-from stability_callbacks.diagnosis._history_csv import write_history
+from stability_callbacks.diagnosis._history_csv import StepRow, write_history
 from stability_callbacks.diagnosis._history_plot import plot_history
-from stability_callbacks.diagnosis._step_row import StepRow
 from stability_callbacks.gradient_pass import group_norms
 
 __all__ = ["StepHistory"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stability_callbacks._atomic import atomic_path
-from stability_callbacks.diagnosis._step_row import StepRow
+from stability_callbacks.diagnosis._history_csv import StepRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from stability_callbacks.diagnosis._finding import Severity
 
 __all__ = ["KINDS", "Kind", "Wording", "kind_of", "register_kind"]
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")  # also a class and a custom property in the report's style sheet
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_ -]*(?<! )")
 _COLOR = re.compile(r"#[0-9A-Fa-f]{6}")
 _GAP = re.compile(r"\{(\w+)\}")
 _GRAY, _DARK_GRAY = "#626b76", "#98a2ae"
@@ -86,7 +86,7 @@ class Kind:
     Register one for a detector of your own, so that the report shows it in its own color and says what to change.
 
     Attributes:
-        name: Its name: a word of ASCII letters, digits, underscores and hyphens, that does not begin with a digit.
+        name: Its name: words of ASCII letters, digits, underscores and hyphens, that does not begin with a digit.
         severity: How grave a finding of this kind is unless it says otherwise. Default ``"warning"``.
         precedence: Of several kinds that detectors vote for in one step, the one with the lowest precedence names the
             incident, since it says most about the cause. Default 50.
@@ -111,7 +111,7 @@ class Kind:
         >>> Kind("slow batch")
         Traceback (most recent call last):
         ...
-        ValueError: `name` must be a word of ASCII letters, digits, underscores and hyphens, got 'slow batch'
+        ValueError: `name` must be words of ASCII letters, digits, underscores and hyphens, got 'slow batch'
     """
 
     name: str
@@ -128,7 +128,7 @@ class Kind:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(check_instance("name", self.name, str, "a string")):
-            allowed = "a word of ASCII letters, digits, underscores and hyphens"
+            allowed = "words of ASCII letters, digits, underscores and hyphens"
             raise ValueError(f"`name` must be {allowed}, got {self.name!r}")
         check_choice("severity", self.severity, get_args(Severity))
         check_integer("precedence", self.precedence)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Sequence
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from stability_callbacks._atomic import remove_atomically, remove_leftovers, tree_bytes
+from stability_callbacks._nesting import named_leaves
 from stability_callbacks._validation import check_integer
 from stability_callbacks.diagnosis._bundle import BundleError, read_manifest
 
@@ -83,15 +83,7 @@ def tensor_bytes(value: Any) -> int:
         >>> tensor_bytes([{"x": torch.zeros(10)}, (torch.zeros(2, dtype=torch.int64), "label")])
         56
     """
-    if isinstance(value, (Tensor, np.ndarray)):
-        return value.nbytes
-    if is_dataclass(value) and not isinstance(value, type):
-        value = vars(value) if hasattr(value, "__dict__") else {}
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return sum(tensor_bytes(item) for item in value)
-    return 0
+    return sum(leaf.nbytes for _, leaf in named_leaves(value, "") if isinstance(leaf, (Tensor, np.ndarray)))
 
 
 class _Stored(NamedTuple):

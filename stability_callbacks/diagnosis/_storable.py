@@ -7,7 +7,7 @@ key ``__stored__``, which says of what.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, is_dataclass, make_dataclass
 from importlib import import_module
 from operator import attrgetter
@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from stability_callbacks._nesting import GetAttrKey, MappingKey, members
+
 __all__ = ["Unsaved", "from_storable", "to_storable"]
 
 _TAG = "__stored__"
@@ -32,6 +34,7 @@ _PLAIN: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (complex, complex),
     (str, str.__str__),
     (PurePath, str),
+    (range, list),
 )
 
 
@@ -52,10 +55,11 @@ def to_storable(value: Any) -> tuple[Any, list[str]]:
     Tensors come to the host, without their graph and without the rest of a larger storage. Those of subclasses become
     plain ones, sharded ones the local shard. Mappings become dictionaries, other sequences lists, members of
     enumerations that are numbers or strings those, paths strings. Named tuples and dataclasses are taken apart into
-    their fields. What is none of these is left out.
+    their fields; objects that can be read as mappings, such as the graphs of PyTorch Geometric, into their items. What
+    is none of these is left out, and what holds itself is where it comes again.
 
     Args:
-        value: Anything without cycles.
+        value: Anything.
 
     Returns:
         The structure, and where in the value something was left out.
@@ -76,6 +80,7 @@ def from_storable(structure: Any, allow_classes: bool = False) -> Any:
         allow_classes: Whether to import the classes of named tuples and dataclasses, which runs the code of modules
             that the file names; their constructors are not called. Otherwise, and where a class is not found, they are
             of look-alike classes made here, with the same fields but no methods. Classes of torch are always imported.
+            Objects that were read as mappings always are look-alikes, with ``value.key`` and ``value["key"]``.
 
     Returns:
         The value, with :class:`Unsaved` where something was left out.
@@ -95,12 +100,24 @@ def from_storable(structure: Any, allow_classes: bool = False) -> Any:
     return structure
 
 
+class _LookAlike(dict[Any, Any]):
+    """Stands for an object that was read as a mapping: ``value.key`` and ``value["key"]`` work, no methods do."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(f"this {type(self).__name__} has no {name!r}: only its items were kept") from error
+
+
 class _Taken:
     """What one pass over a value remembers: what was left out, and copies of tensors, which may share memory."""
 
     def __init__(self) -> None:
         self.left_out: list[str] = []
         self.copies: dict[tuple[Any, ...], Tensor] = {}
+        self.sources: list[Tensor] = []  # held, so that no other tensor gets the memory of one that was made for us
+        self.around: list[Any] = []  # the containers that it is in
 
 
 def _take(value: Any, place: str, taken: _Taken) -> Any:
@@ -133,6 +150,7 @@ def _take_tensor(value: Tensor, place: str, taken: _Taken) -> Any:
     key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
     if key not in taken.copies:
         copy = tensor.cpu().resolve_conj().resolve_neg()
+        taken.sources.append(tensor)
         larger = copy.untyped_storage().nbytes() > copy.numel() * copy.itemsize
         taken.copies[key] = copy.clone() if larger else copy
     return taken.copies[key]
@@ -153,38 +171,48 @@ def _take_array(value: NDArray[Any], place: str, taken: _Taken) -> Any:
 
 
 def _take_container(value: Any, place: str, taken: _Taken) -> Any:
-    if isinstance(value, Mapping):
-        items = {key: _take(item, f"{place}[{key!r}]", taken) for key, item in value.items()}
-        if _TAG not in items and all(type(key) in (str, int) for key in items):
-            return items
-        return {_TAG: "mapping", "items": [(_take(key, place, taken), item) for key, item in items.items()]}
-    if is_dataclass(value) and not isinstance(value, type):
-        return _take_fields("dataclass", value, _attributes(value), place, taken)
+    if any(value is each for each in taken.around):
+        return _leave_out(value, place, taken)
+    taken.around.append(value)
+    try:
+        if isinstance(value, Set):
+            items = [_take(item, place, taken) for item in value]
+            return {_TAG: "set", "frozen": isinstance(value, frozenset), "items": items}
+        inside = members(value)
+        if inside is None:
+            return _leave_out(value, place, taken)
+        return _shaped(value, [(key, _take(item, f"{place}{key}", taken)) for key, item in inside], taken)
+    finally:
+        taken.around.pop()
+
+
+def _shaped(value: Any, items: Sequence[tuple[Any, Any]], taken: _Taken) -> Any:
+    """A container's members, which are plain already, in the plain structure that says what it was."""
+    fields = {key.name: item for key, item in items if isinstance(key, GetAttrKey)}
+    pairs = [(key.key, item) for key, item in items if isinstance(key, MappingKey)]
+    elements = [item for _, item in items]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return _take_fields("namedtuple", value, dict(zip(value._fields, value, strict=True)), place, taken)
+        return {_TAG: "namedtuple", "class": _class_path(type(value)), "fields": fields}
     if isinstance(value, Sequence):
-        elements = [_take(item, f"{place}[{index}]", taken) for index, item in enumerate(value)]
         return tuple(elements) if isinstance(value, tuple) else elements
-    if isinstance(value, Set):
-        members = [_take(item, place, taken) for item in value]
-        return {_TAG: "set", "frozen": isinstance(value, frozenset), "items": members}
-    return _leave_out(value, place, taken)
+    if isinstance(value, Mapping) and len(pairs) == len(items):
+        if all(type(key) in (str, int) and key != _TAG for key, _ in pairs):
+            return dict(pairs)
+        return {_TAG: "mapping", "items": _plain_pairs(pairs, taken)}
+    if len(fields) == len(items) and (fields or is_dataclass(value)):
+        return {_TAG: "dataclass", "class": _class_path(type(value)), "fields": fields}
+    if len(pairs) == len(items):
+        return {_TAG: "object", "class": _class_path(type(value)), "items": _plain_pairs(pairs, taken)}
+    return elements  # of a container that a user registered in pytree
 
 
-def _take_fields(what: str, value: Any, fields: Mapping[str, Any], place: str, taken: _Taken) -> dict[str, Any]:
-    items = {name: _take(item, f"{place}.{name}", taken) for name, item in fields.items()}
-    return {_TAG: what, "class": _class_path(type(value)), "fields": items}
+def _plain_pairs(pairs: Iterable[tuple[Any, Any]], taken: _Taken) -> list[tuple[Any, Any]]:
+    return [(_take(key, "", taken), item) for key, item in pairs]
 
 
 def _leave_out(value: Any, place: str, taken: _Taken) -> dict[str, str]:
     taken.left_out.append(place or "all of it")
     return {_TAG: "unsaved", "class": _class_path(type(value))}
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass, and what it was given besides."""
-    fields = {name: getattr(value, name) for name in value.__dataclass_fields__ if hasattr(value, name)}
-    return {**fields, **getattr(value, "__dict__", {})}
 
 
 def _class_path(kind: type) -> str:
@@ -204,6 +232,9 @@ def _put_together(structure: Mapping[str, Any], allow_classes: bool) -> Any:
     if what == "mapping":
         pairs = from_storable(structure["items"], allow_classes)
         return dict(pairs)
+    if what == "object":
+        pairs = from_storable(structure["items"], allow_classes)
+        return type(_short_name(structure["class"]), (_LookAlike,), {})(pairs)
     if what == "set":
         items = from_storable(structure["items"], allow_classes)
         return frozenset(items) if structure["frozen"] else set(items)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stability_callbacks.gradient_pass import local_values, tensor_norms
 
-__all__ = ["count", "describe", "is_finite", "kinds", "largest", "named_values", "numbers"]
+__all__ = ["count", "describe", "is_finite", "kinds", "largest", "numbers"]
 
 
 @torch.no_grad()
@@ -63,34 +59,3 @@ def kinds(tensor: Tensor) -> dict[str, int]:
 def count(flags: Tensor) -> int:
     """Number of true elements."""
     return int(flags.sum())
-
-
-def named_values(batch: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
-    """The floating-point values in a batch of any nesting, each with its place.
-
-    Example:
-        >>> nested = {"x": torch.zeros(2), "more": [torch.ones(1), 3]}
-        >>> [place for place, _ in named_values(nested)]
-        ["batch['x']", "batch['more'][0]"]
-    """
-    if isinstance(batch, float | np.floating | np.ndarray):
-        batch = torch.tensor(np.asarray(batch)) if np.asarray(batch).dtype.kind in "fc" else None
-    if isinstance(batch, Tensor):
-        if batch.is_floating_point() or batch.is_complex():
-            yield name, batch
-    else:
-        for place, value in _members(batch):
-            yield from named_values(value, name + place)
-
-
-def _members(value: Any) -> Iterable[tuple[str, Any]]:
-    """What is in a container, each with its place."""
-    if isinstance(value, Mapping):
-        return [(f"[{key!r}]", member) for key, member in value.items()]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(f".{field.name}", getattr(value, field.name, None)) for field in dataclasses.fields(value)]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return [(f".{field}", member) for field, member in zip(value._fields, value, strict=True)]
-    if isinstance(value, tuple | list):
-        return [(f"[{index}]", member) for index, member in enumerate(value)]
-    return []

@@ -12,10 +12,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from stability_callbacks._names import plain_name
 from stability_callbacks.diagnosis import Incident
 from stability_callbacks.engine._lightning import batches_that_stepped, log_every_n_steps, training_results
 from stability_callbacks.engine._logger_writes import LoggerWrites
-from stability_callbacks.engine._names import plain_name
 from stability_callbacks.engine._processes import Processes
 from stability_callbacks.engine._records import StepRecord
 from stability_callbacks.engine._step import OptimizerStep

@@ -9,7 +9,7 @@ Example:
     ...     spot = draw_spot(fault, 150, named_tensors(batch, "batch"))
     ...     undo = spot.spoil_(fault.factor)
     >>> spot.name, float(batch["image"].max())
-    ('batch.image', inf)
+    ("batch['image']", inf)
     >>> undo()
     >>> batch["image"]
     tensor([0., 0.])
@@ -17,10 +17,9 @@ Example:
 
 from stability_callbacks._nesting import named_tensors
 from stability_callbacks.faults._fault import Fault, Injection
-from stability_callbacks.faults._gradient_marks import GradientMarks
-from stability_callbacks.faults._optimizer_state import named_optimizer_state
 from stability_callbacks.faults._output_trap import OutputTrap
 from stability_callbacks.faults._spot import Spot, draw_spot
+from stability_callbacks.faults._targets import GradientMarks, named_optimizer_state
 
 __all__ = [
     "Fault",

@@ -44,8 +44,10 @@ class Fault:
         probability: Or how likely it is to hit any one step, in ``(0, 1]``. One of ``steps`` and ``probability`` is
             given.
         where: Regular expression, searched in the full name of what may be hit: parameter, buffer, module, place in the
-            batch (``batch``, ``batch.0``, ``batch.image``), or parameter and kind of optimizer state
-            (``head.weight.exp_avg``). Default: anything; for activations, the modules that hold no others.
+            batch as one writes it in Python (``batch``, ``batch[0]``, ``batch['image']``, ``batch.mask`` of a named
+            tuple or dataclass; the expression for one of these alone is ``r"^batch\['image'\]$"``), or parameter and
+            kind of optimizer state (``head.weight.exp_avg``). Default: anything; for activations, the modules that hold
+            no others.
         rank: The only process that it hits. Default: all, with the same draws.
         seed: Seed of the draws, >= 0. Default 0.
 

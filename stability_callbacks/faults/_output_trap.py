@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from stability_callbacks._names import plain_name
+from stability_callbacks.activations import ModuleCall, OutputHooks
 from stability_callbacks.faults._fault import Fault, draw
 from stability_callbacks.snapshots._memory import is_float
 
@@ -27,7 +29,8 @@ class OutputTrap:
     Args:
         fault: The fault.
         step: The step.
-        modules: The modules of a model with their names, as ``named_modules`` gives them.
+        modules: The modules of a model with their names, as ``named_modules`` gives them. The segments that wrappers
+            such as ``torch.compile`` add to names don't count.
         on_hit: Called with the module's name when an output is spoiled.
         armed: Whether to spoil it; else ``on_hit`` is called all the same. Default True.
 
@@ -55,28 +58,22 @@ class OutputTrap:
         self._armed = armed
         candidates = _candidates(fault, modules)
         first = draw(self._stream, range(len(candidates))) if candidates else 0
-        self._hooks = [
-            module.register_forward_hook(self._hook(name), prepend=True) for name, module in candidates[first:]
-        ]
+        self._hooks = OutputHooks(candidates[first:], self._spring, prepend=True)
 
     def remove(self) -> None:
         """Take the hooks away."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._hooks.remove()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            tensors = [leaf for leaf in tree_leaves(output) if _can_be_spoiled(leaf)]
-            if not tensors or not self._hooks:
-                return None
-            self.remove()
-            self._on_hit(name)
-            chosen = draw(self._stream, tensors)
-            spoiled = self._spoil(chosen)
-            return tree_map_only(Tensor, lambda leaf: spoiled if leaf is chosen else leaf, output)
-
-        return hook
+    def _spring(self, call: ModuleCall) -> Any:
+        # Of containers that torch's pytree does not know none can be made anew around the spoiled tensor.
+        tensors = [leaf for leaf in tree_leaves(call.output) if _can_be_spoiled(leaf)]
+        if not tensors or not self._hooks:
+            return None
+        self.remove()
+        self._on_hit(call.name)
+        chosen = draw(self._stream, tensors)
+        spoiled = self._spoil(chosen)
+        return tree_map_only(Tensor, lambda leaf: spoiled if leaf is chosen else leaf, call.output)
 
     def _spoil(self, tensor: Tensor) -> Tensor:
         if not self._armed:
@@ -93,7 +90,7 @@ def _candidates(fault: Fault, modules: Iterable[tuple[str, nn.Module]]) -> list[
     """The modules whose output a fault may spoil: those that its pattern names, or else those that hold no others."""
     return [
         (name, module)
-        for name, module in modules
+        for name, module in ((plain_name(name), module) for name, module in modules)
         if name and fault.fits(name) and (fault.where is not None or not any(module.children()))
     ]
 

@@ -9,6 +9,7 @@ Example:
     'Kaiming normal, fan_in 4, gain 1.41 (before ReLU)'
 """
 
+from stability_callbacks.diagnosis import LossFunction, SignalFinding, SignalReport, SignalRow, signal_report
 from stability_callbacks.initialization._auto import Auto
 from stability_callbacks.initialization._fills import Fill, constant
 from stability_callbacks.initialization._following import activation_after
@@ -20,8 +21,6 @@ from stability_callbacks.initialization._policy import LeaveAlone, Policy
 from stability_callbacks.initialization._recurrent import Recurrent
 from stability_callbacks.initialization._report import InitReport, InitRow
 from stability_callbacks.initialization._residual import DepthScaled, ZeroResidual
-from stability_callbacks.initialization._signal import LossFunction, signal_report
-from stability_callbacks.initialization._signal_report import SignalFinding, SignalReport, SignalRow
 from stability_callbacks.initialization._slots import Role, Slot
 from stability_callbacks.initialization._wiring import Wiring
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from torch import nn
 
 from stability_callbacks._validation import check_number
+from stability_callbacks.activations import named_modules
 from stability_callbacks.initialization._fills import Fill, constant, kaiming, normal, xavier
 from stability_callbacks.initialization._kernels import activation_of
 from stability_callbacks.initialization._policy import LeaveAlone, Plan, Policy
 from stability_callbacks.initialization._recurrent import Recurrent
-from stability_callbacks.initialization._slots import Role, Slot, plain_name
+from stability_callbacks.initialization._slots import Role, Slot
 from stability_callbacks.initialization._wiring import Wiring
 
 __all__ = ["Auto"]
@@ -97,8 +98,8 @@ class Auto(Policy):
 def _pretrained_parts(model: nn.Module) -> dict[str, str]:
     """The parts of a model that know which checkpoint they were loaded from, and which it was."""
     origins = {
-        plain_name(name): getattr(getattr(module, "config", None), "_name_or_path", None)
-        for name, module in model.named_modules(remove_duplicate=False)
+        name: getattr(getattr(module, "config", None), "_name_or_path", None)
+        for name, module in named_modules(model, remove_duplicate=False)
     }
     return {name: origin for name, origin in origins.items() if isinstance(origin, str) and origin}
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Node
 from torch.nn.modules.conv import _ConvNd
 
-from stability_callbacks.initialization._slots import plain_name
+from stability_callbacks.activations import named_modules
 from stability_callbacks.initialization._wiring import TORCH_TRANSFORMER_LAYERS, Call, Wiring, operation
 
 __all__ = ["residual_layers"]
@@ -82,8 +82,8 @@ def _last_layer_in(wiring: Wiring, name: str, kinds: Kinds) -> str | None:
     graph = wiring.graph(name) if module._modules else None
     if graph is not None:
         return _last_layer(wiring, Call(name, graph.output_node()), set(), kinds)
-    layers = [plain_name(each) for each, layer in module.named_modules(prefix=name) if isinstance(layer, kinds)]
-    return layers[-1] if layers else None
+    layers = [each for each, layer in named_modules(module) if isinstance(layer, kinds)]
+    return ".".join(filter(None, (name, layers[-1]))) if layers else None
 
 
 def _kernels(wiring: Wiring, call: Call) -> int:

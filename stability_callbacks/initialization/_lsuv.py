@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd
 
 from stability_callbacks._validation import check_instance, check_integer, check_number
+from stability_callbacks.activations import ModuleCall, OutputHooks
 from stability_callbacks.initialization._fills import Fill, constant, orthogonal
 from stability_callbacks.initialization._policy import LeaveAlone, Policy
 from stability_callbacks.initialization._report import InitReport
@@ -121,18 +122,18 @@ class LSUV(Policy):
     def _scale(self, model: nn.Module, batch: Any, kernels: Mapping[nn.Module, Slot]) -> dict[str, _Outcome]:
         outcomes: dict[str, _Outcome] = {}
 
-        def adjust(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            slot = kernels[layer]
-            if slot.name not in outcomes:  # a layer that is called again keeps what its first call found
-                output, outcomes[slot.name] = self._scale_layer(slot, args, kwargs, output)
+        def adjust(call: ModuleCall) -> Tensor | None:
+            if call.name in outcomes:  # a layer that is called again keeps what its first call found
+                return None
+            slot = kernels[call.module]
+            output, outcomes[call.name] = self._scale_layer(slot, call.args, call.kwargs, call.output)
             return output
 
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         with ExitStack() as stack:
             stack.enter_context(preserved_randomness())
-            for layer in kernels:
-                hook = layer.register_forward_hook(adjust, prepend=True, with_kwargs=True)
-                stack.callback(hook.remove)
+            layers = [(slot.name, layer) for layer, slot in kernels.items()]
+            stack.enter_context(OutputHooks(layers, adjust, prepend=True))
             for buffer, value in buffers:
                 stack.callback(buffer.copy_, value)
             _call(model, batch)

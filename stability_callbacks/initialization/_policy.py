@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from stability_callbacks._validation import check_instance
+from stability_callbacks.activations import refuse_unreachable
 from stability_callbacks.initialization._fills import Fill
 from stability_callbacks.initialization._report import InitReport, InitRow
 from stability_callbacks.initialization._slots import Role, Slot, slots
-from stability_callbacks.initialization._storage import refuse_unreachable
 from stability_callbacks.initialization._wiring import Wiring
 
 __all__ = ["LeaveAlone", "Plan", "Policy"]

@@ -16,12 +16,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from stability_callbacks.activations import named_modules, own_parameters
 from stability_callbacks.initialization._storage import obstacle, read, write
 
-__all__ = ["Role", "Slot", "plain_name", "slots"]
-
-# Wrappers that put a segment of their own into names: torch.compile, activation checkpointing.
-_WRAPPER_SEGMENTS = {"_orig_mod", "_checkpoint_wrapped_module"}
+__all__ = ["Role", "Slot", "slots"]
 
 
 class Role(Enum):
@@ -149,12 +147,11 @@ class Slot:
 
 def slots(model: nn.Module) -> Iterator[Slot]:
     """The slots of a model, tied parameters under each of their names, in the order of ``named_modules``."""
-    for module_name, module in model.named_modules(remove_duplicate=False):
+    for layer, module in named_modules(model, remove_duplicate=False):
         if isinstance(module, ParametrizationList):
             continue  # its originals belong to the slot of the layer above
         anatomy = _anatomy(module)
-        layer = plain_name(module_name)
-        for attribute, tensors, parametrization in _own_parameters(module):
+        for attribute, tensors, parametrization in own_parameters(module):
             yield Slot(
                 name=f"{layer}.{attribute}" if layer else attribute,
                 module=module,
@@ -164,27 +161,6 @@ def slots(model: nn.Module) -> Iterator[Slot]:
                 parametrization=parametrization,
                 anatomy=anatomy.get(attribute, _Anatomy(Role.UNKNOWN)),
             )
-
-
-def plain_name(name: str) -> str:
-    """A module's or parameter's name without the segments that wrappers add.
-
-    Example:
-        >>> plain_name("_orig_mod.encoder.0._checkpoint_wrapped_module.weight")
-        'encoder.0.weight'
-    """
-    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
-
-
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, tuple[Tensor, ...], ParametrizationList | None]]:
-    for attribute, parametrization in getattr(module, "parametrizations", {}).items():
-        if isinstance(parametrization, ParametrizationList):
-            names = (
-                ["original"] if parametrization.is_tensor else [f"original{i}" for i in range(parametrization.ntensors)]
-            )
-            yield attribute, tuple(getattr(parametrization, name) for name in names), parametrization
-    for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        yield attribute, (parameter,), None
 
 
 @singledispatch
@@ -249,5 +225,5 @@ def _(module: nn.RNNBase | nn.RNNCellBase) -> dict[str, _Anatomy]:
         "bias_ih": _Anatomy(Role.BIAS, gates),
         "bias_hh": _Anatomy(Role.BIAS, gates),
     }
-    attributes = (attribute for attribute, _, _ in _own_parameters(module))
+    attributes = (attribute for attribute, _, _ in own_parameters(module))
     return {name: roles[kind] for name in attributes if (kind := name.partition("_l")[0]) in roles}

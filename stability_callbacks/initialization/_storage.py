@@ -13,29 +13,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["copy_into", "obstacle", "read", "refuse_unreachable", "write"]
+__all__ = ["copy_into", "obstacle", "read", "write"]
 
 # As many power iterations as torch makes when it sets spectral normalisation up.
 _SETTLING_POWER_ITERATIONS = 15
-
-
-def refuse_unreachable(model: nn.Module) -> None:
-    """Raise where parameters have no values to write, before any is written.
-
-    Raises:
-        ValueError: If a parameter is on the meta device, or sharded in a way that hides its shape.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta and not is_lazy(parameter):
-            raise ValueError(
-                f"`model` must have no parameters on the meta device, got {name!r}: give them storage first, with"
-                " `model.to_empty(device=...)`; Lightning does so before `on_fit_start`"
-            )
-        if hasattr(parameter, "ds_id") or type(parameter).__name__ == "FlatParameter":
-            raise ValueError(
-                f"`model` must not be sharded by FSDP1 or DeepSpeed ZeRO-3, got {name!r}, whose shape is lost:"
-                " apply the policy before the model is wrapped, or shard it with `torch.distributed.fsdp.fully_shard`"
-            )
 
 
 def obstacle(tensors: tuple[Tensor, ...], parametrization: ParametrizationList | None) -> str | None:

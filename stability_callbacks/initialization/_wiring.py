@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import nn
 from torch.fx import Graph, Node
 
-from stability_callbacks.initialization._slots import plain_name
+from stability_callbacks._names import plain_name
+from stability_callbacks.activations import modules_by_name
 from stability_callbacks.initialization._tracing import trace_forward
 
 __all__ = ["TORCH_TRANSFORMER_LAYERS", "Call", "Wiring", "is_torch_layer", "operation"]
@@ -44,8 +45,7 @@ class Wiring:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # A wrapper and what it wraps have the same plain name: the inner one comes later and stays.
-        self.modules = {plain_name(name): each for name, each in model.named_modules(remove_duplicate=False)}
+        self.modules = modules_by_name(model)
         self._names: dict[int, list[str]] = {}
         for name, module in self.modules.items():
             self._names.setdefault(id(module), []).append(name)
@@ -70,12 +70,15 @@ class Wiring:
 
     def callee(self, call: Call) -> str:
         """Full name of the module that a ``call_module`` node calls."""
-        return _join(call.module, str(call.node.target))
+        return self._join(call.module, str(call.node.target))
 
     def children(self, name: str) -> list[str]:
         """Full names of a module's children, in the order of registration."""
         children = self.modules[name]._modules.items()
-        return list(dict.fromkeys(_join(name, child) for child, module in children if module is not None))
+        return list(dict.fromkeys(self._join(name, child) for child, module in children if module is not None))
+
+    def _join(self, around: str, name: str) -> str:
+        return ".".join(filter(None, (around, plain_name(name, self.modules[around]))))
 
     def _calls_in(self, name: str) -> dict[str, Node]:
         if name not in self._calls:
@@ -100,7 +103,3 @@ def _ancestors(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
-
-
-def _join(around: str, name: str) -> str:
-    return plain_name(f"{around}.{name}") if around else plain_name(name)

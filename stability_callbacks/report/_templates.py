@@ -48,7 +48,7 @@ def prose(text: str) -> Markup:
 
 def kind_class(kind: str) -> str:
     """The class that gives a kind its color; with two hyphens before it, the custom property that holds the color."""
-    return f"kind-{kind}" if kind in KINDS else "other-kind"
+    return f"kind-{kind.replace(' ', '-')}" if kind in KINDS else "other-kind"
 
 
 _environment = Environment(

@@ -367,7 +367,7 @@ def test_one_tensor_of_a_nested_batch_is_chosen_by_name() -> None:
     result = run(Fault("input", "inf", steps=1, where="mask"), batches=batches, build=Nested)
     assert [bool(each["mask"].isinf().any()) for each in seen] == [False, True, False]
     assert all(each["x"].isfinite().all() for each in seen)
-    assert result["injected"][0].where == "batch.mask"
+    assert result["injected"][0].where == "batch['mask']"
 
 
 # ---- when it comes, and again
@@ -639,7 +639,9 @@ def test_a_step_without_a_loss_loses_its_faults() -> None:
 
 def test_integer_batches_are_refused_in_the_first_step() -> None:
     batches = [(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))] * 3
-    with pytest.raises(MisconfigurationException, match=r"needs a floating-point tensor, .*'batch.0': 'torch.int64'"):
+    with pytest.raises(
+        MisconfigurationException, match=r"needs a floating-point tensor, .*'batch\[0\]': 'torch.int64'"
+    ):
         run(Fault("input", steps=2), batches=batches)
     with pytest.raises(MisconfigurationException, match="whose name fits `where`"):
         run(Fault("input", steps=2, where="image"))

@@ -159,9 +159,9 @@ def test_what_can_not_be_stored_is_listed(tmp_path: Path) -> None:
     assert bundle.meta["hyper_parameters"] == {"width": 4}
     assert bundle.meta["left_out"] == [
         "batch.pt: [0]['image']",
-        "meta.hyper_parameters.loss",
-        "meta.hyper_parameters.sizes[1][1]",
-        "meta.hyper_parameters.keys",
+        "meta['hyper_parameters']['loss']",
+        "meta['hyper_parameters']['sizes'][1][1]",
+        "meta['hyper_parameters']['keys']",
     ]
     assert bundle.batches is not None
     assert torch.equal(bundle.batches[0]["x"], torch.ones(1))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -343,6 +344,16 @@ class Pair(NamedTuple):
     y: Any
 
 
+class Graph:
+    """As PyTorch Geometric's: it can be read as a mapping."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def to_dict(self) -> dict[str, Tensor]:
+        return {"x": self.x}
+
+
 @pytest.mark.parametrize(
     ("wrap", "place"),
     [
@@ -352,6 +363,8 @@ class Pair(NamedTuple):
         (lambda x: Pair(3, x), "batch.y held"),
         (lambda x: Example(x, (1.0,)), "batch.x held"),
         (lambda x: [{"x": x.numpy()}], "batch[0]['x'] held"),
+        (lambda x: UserDict(x=x), "batch['x'] held"),
+        (Graph, "batch['x'] held"),
     ],
 )
 def test_input(wrap: Callable[[Tensor], Any], place: str) -> None:

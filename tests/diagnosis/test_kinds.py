@@ -14,12 +14,12 @@ from stability_callbacks.diagnosis import KINDS, Kind, Wording, kind_of, registe
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"name": "two words"}, ValueError, "`name` must be a word"),
-        ({"name": "<b>"}, ValueError, "`name` must be a word"),
-        ({"name": ""}, ValueError, "`name` must be a word"),
-        ({"name": "9lives"}, ValueError, "`name` must be a word"),
-        ({"name": "größe"}, ValueError, "`name` must be a word"),
-        ({"name": "line\n"}, ValueError, "`name` must be a word"),
+        ({"name": "two words "}, ValueError, "`name` must be words"),
+        ({"name": "<b>"}, ValueError, "`name` must be words"),
+        ({"name": ""}, ValueError, "`name` must be words"),
+        ({"name": "9lives"}, ValueError, "`name` must be words"),
+        ({"name": "größe"}, ValueError, "`name` must be words"),
+        ({"name": "line\n"}, ValueError, "`name` must be words"),
         ({"name": 3}, TypeError, "`name` must be a string"),
         ({"severity": "fatal"}, ValueError, "`severity` must be one of 'info', 'warning', 'error', got 'fatal'"),
         ({"precedence": 1.5}, TypeError, "`precedence` must be an integer"),

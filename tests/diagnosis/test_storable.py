@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections import OrderedDict, UserDict, deque, namedtuple
+from collections import OrderedDict, UserDict, UserList, deque, namedtuple
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils import _pytree as pytree
 
 from stability_callbacks.diagnosis import Unsaved
 from stability_callbacks.diagnosis._storable import from_storable, to_storable
@@ -247,6 +248,71 @@ def test_names_that_are_code_make_no_class() -> None:
                 from_storable({"__stored__": what, "class": "a:B", "fields": {name: 1}})
 
 
+class Graph:
+    """As PyTorch Geometric's batches."""
+
+    def to_dict(self) -> dict[Any, Any]:
+        return {"x": torch.ones(2), ("a", "b"): {"y": [1]}, "__stored__": 3}
+
+
+@pytest.mark.parametrize("allow_classes", [False, True])
+def test_objects_that_read_like_mappings_come_back_as_look_alikes(allow_classes: bool) -> None:
+    back = through_a_file([Graph()], allow_classes)[0]
+    assert type(back).__name__ == "Graph"
+    assert back.x is back["x"]
+    assert torch.equal(back.x, torch.ones(2))
+    assert back["a", "b"] == {"y": [1]}
+    assert back["__stored__"] == 3
+    with pytest.raises(AttributeError, match="this Graph has no 'num_graphs': only its items were kept"):
+        _ = back.num_graphs
+
+
+class Empty:
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+
+class Views:
+    """Makes a tensor at each look, which is gone again when the next one is made."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def to_dict(self) -> dict[str, Tensor]:
+        return {"x": torch.full((1000,), self.value)[:500]}
+
+
+class Registered:
+    def __init__(self, *members: Any) -> None:
+        self.members = members
+
+
+pytree.register_pytree_node(
+    Registered,
+    lambda node: (list(node.members), None),
+    lambda members, _: Registered(*members),
+    flatten_with_keys_fn=lambda node: ([(pytree.SequenceKey(i), each) for i, each in enumerate(node.members)], None),
+)
+
+
+def test_containers_of_all_kinds_have_a_plain_structure() -> None:
+    assert through_a_file([UserDict(a=1), UserList([2]), deque([3]), Registered(4, [5])]) == [
+        {"a": 1},
+        [2],
+        [3],
+        [4, [5]],
+    ]
+    empty = through_a_file([Empty(), UserDict(), (), Slotted.__new__(Slotted)])
+    assert empty[:3] == [{}, {}, ()]
+    assert type(empty[0]).__name__ == "Empty"
+    assert is_dataclass(empty[3])
+
+
+def test_tensors_that_are_made_for_a_look_are_not_mixed_up() -> None:
+    back = through_a_file([Views(float(value)) for value in range(20)])
+    assert [float(each.x[0]) for each in back] == list(range(20))
+
+
 # ---- what can't be stored, and what can't be read
 
 
@@ -266,6 +332,14 @@ def test_what_can_not_be_stored_is_listed_and_marked() -> None:
     assert torch.equal(back[0]["x"], torch.ones(1))
     assert back[2] == Unsaved("numpy:ndarray")
     assert to_storable(Unknown())[1] == ["all of it"]
+
+
+def test_what_holds_itself_is_left_out_where_it_comes_again() -> None:
+    loop: list[Any] = [1]
+    loop.append({"again": loop})
+    structure, left_out = to_storable([loop, loop])
+    assert left_out == ["[0][1]['again']", "[1][1]['again']"]
+    assert from_storable(structure)[0] == [1, {"again": Unsaved("builtins:list")}]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from stability_callbacks.activations import eager
 from stability_callbacks.faults import Fault, OutputTrap
 from tests.models import assert_same_bits
 
@@ -143,6 +145,33 @@ def test_unarmed_it_tells_but_changes_no_bit() -> None:
     assert_same_bits(model(x), clean)
     assert hit == ["1"]
     assert hooks(model) == 0
+
+
+WRAPPERS: dict[str, Any] = {
+    "compiled": lambda module: torch.compile(module, backend="eager"),
+    "checkpointed": checkpoint_wrapper,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_module_is_hit_under_its_plain_name(wrap: Any) -> None:
+    model = net()
+    model[2] = wrap(model[2])
+    with eager():
+        _, hit = spring(model, Fault("activation", steps=0, where=r"^2\.1$"))
+        output = model(torch.randn(2, 3))
+    assert hit == ["2.1"]
+    assert int(output.isnan().sum()) == 1
+    assert hooks(model) == 0
+
+
+def test_a_shared_module_is_hit_once() -> None:
+    shared = nn.Tanh()
+    model = nn.Sequential(shared, nn.Identity(), shared)
+    _, hit = spring(model, Fault("activation", 100.0, steps=0, where="^[02]$"))
+    x = torch.ones(1)
+    assert torch.equal(model(x), torch.tanh(100 * torch.tanh(x)))
+    assert hit == ["0"]
 
 
 def test_comes_before_hooks_that_look() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from enum import Enum
 from itertools import accumulate
 
-from stability_callbacks.initialization._signal_report import (
+from stability_callbacks.diagnosis._signal_kinds import (
     DEAD,
     EXPLODING_BACKWARD,
     EXPLODING_FORWARD,
@@ -16,8 +16,8 @@ from stability_callbacks.initialization._signal_report import (
     UNUSED,
     VANISHING_BACKWARD,
     VANISHING_FORWARD,
-    SignalRow,
 )
+from stability_callbacks.diagnosis._signal_report import SignalRow
 
 __all__ = ["flagged"]
 

@@ -22,7 +22,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
-from stability_callbacks.initialization import SignalReport, signal_report
+from stability_callbacks import initialization
+from stability_callbacks.diagnosis import KINDS, Finding, SignalFinding, SignalReport, SignalRow, signal_report
 from tests.models import assert_same_bits
 
 SILENT = "silent by zero initialisation"
@@ -495,7 +496,8 @@ def test_rectifiers_that_let_nothing_pass() -> None:
     report = signal_report(model, vectors(), cross_entropy)
     assert report.verdict == "dead"
     assert report.findings[0].layers == ("0", "3", "6", "9", "12", "15")
-    assert "exactly 0" in report.findings[0].evidence
+    assert report.findings[0].evidence == {"gradient_or_signal": 0.0}
+    assert "exactly 0" in str(report.findings[0])
 
 
 def test_non_finite_layers_spoil_no_other_statistic() -> None:
@@ -505,7 +507,8 @@ def test_non_finite_layers_spoil_no_other_statistic() -> None:
         model[6].weight[0, 0] = float("inf")
     report = signal_report(model, vectors(), cross_entropy)
     assert report.verdict.startswith("non-finite")
-    assert report.findings[0].evidence.startswith("first in layer")
+    assert report.findings[0].evidence["first_layer"] == report.findings[0].where == report.findings[0].layers[0]
+    assert f": first in layer {report.findings[0].where}, loss nan. " in str(report.findings[0])
     assert report["3"].activation_std == pytest.approx(healthy["3"].activation_std, rel=0.5)
     assert not math.isfinite(report.loss)
 
@@ -681,7 +684,7 @@ def test_a_model_without_floating_point_output_needs_a_loss_function() -> None:
 
 
 def test_sharded_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stability_callbacks.initialization._signal.DTensor", nn.Parameter)
+    monkeypatch.setattr("stability_callbacks.diagnosis._signal.DTensor", nn.Parameter)
     with pytest.raises(ValueError, match="`model` must not be sharded, got 'weight' as a DTensor"):
         signal_report(nn.Linear(4, 3), torch.randn(8, 4))
 
@@ -698,11 +701,35 @@ def test_findings_say_what_where_and_what_helps(report: SignalReport) -> None:
     forward, backward = report.findings
     assert forward.kind == "exploding forward"
     assert forward.layers[-1] == "57"
-    assert f"activation std {report['57'].activation_std:.2g}" in forward.evidence
+    assert forward.evidence == {"activation_std": report["57"].activation_std, "layer": "57"}
+    assert f"activation std {report['57'].activation_std:.2g} in layer 57" in str(forward)
     text = str(backward)
     assert text.startswith(f"exploding backward ({len(backward.layers)} layers, 0 to ")
     assert "in layer 0" in text
     assert "Remedy: add skip connections" in text
+
+
+def test_findings_are_told_in_the_one_vocabulary(report: SignalReport) -> None:
+    for finding in report.findings:
+        assert isinstance(finding, Finding)
+        assert (finding.where, finding.severity, finding.causes) == (finding.layers[0], "warning", ())
+        assert KINDS[finding.kind].severity == finding.severity
+        assert finding == SignalFinding(**vars(finding))
+    assert KINDS["non-finite"].severity == KINDS["dead"].severity == "error"
+    backward = report.findings[1].evidence
+    assert backward["highest"] == max(row.output_grad_norm for row in report)
+    assert backward["highest_layer"] == "0"
+
+
+def test_the_report_is_still_found_where_it_was() -> None:
+    for name, found in {
+        "signal_report": signal_report,
+        "SignalFinding": SignalFinding,
+        "SignalReport": SignalReport,
+        "SignalRow": SignalRow,
+    }.items():
+        assert getattr(initialization, name) is found
+        assert name in initialization.__all__
 
 
 def test_rows_are_found_by_name(report: SignalReport) -> None:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
+from torch.nn.utils.parametrize import ParametrizationList
 
 from stability_callbacks._validation import check_instance, check_number
-from stability_callbacks.diagnosis import isolated
-from stability_callbacks.gradient_pass import local_values
-from stability_callbacks.initialization._signal_flags import flagged
-from stability_callbacks.initialization._signal_report import FROZEN, NON_FINITE, UNUSED, SignalReport, SignalRow
-from stability_callbacks.initialization._slots import Slot, slots
-from stability_callbacks.initialization._storage import refuse_unreachable
+from stability_callbacks.activations import (
+    ModuleCall,
+    Moments,
+    OutputHooks,
+    eager,
+    floating_tensors,
+    named_modules,
+    own_parameters,
+    precise,
+    refuse_unreachable,
+)
+from stability_callbacks.diagnosis._isolation import isolated
+from stability_callbacks.diagnosis._signal_flags import flagged
+from stability_callbacks.diagnosis._signal_kinds import FROZEN, NON_FINITE, UNUSED
+from stability_callbacks.diagnosis._signal_report import SignalReport, SignalRow
 
 __all__ = ["LossFunction", "signal_report"]
 
@@ -149,51 +157,11 @@ def signal_report(
     return SignalReport(rows, passage.loss)
 
 
-class _Moments(NamedTuple):
-    """Statistics of a tensor: number of elements, mean, variance, and variance over the first dimension."""
-
-    elements: int = 0
-    mean: float = math.nan
-    variance: float = math.nan
-    signal_variance: float = math.nan
-
-    @property
-    def std(self) -> float:
-        return math.sqrt(self.variance)
-
-    @property
-    def signal(self) -> float:
-        return math.sqrt(self.signal_variance)
-
-    @staticmethod
-    def of(tensor: Tensor) -> _Moments:
-        values = _precise(tensor)
-        if not values.numel():
-            return _NOTHING
-        variance, mean = torch.var_mean(values, correction=0)
-        over_batch = values.var(0, correction=0).mean() if values.ndim and len(values) > 1 else variance
-        return _Moments(values.numel(), float(mean), float(variance), float(over_batch))
-
-    @staticmethod
-    def pooled(parts: Sequence[_Moments]) -> _Moments:
-        """The statistics of several tensors taken together; the signal is that of each by itself."""
-        parts = [part for part in parts if part.elements]
-        total = sum(part.elements for part in parts)
-        if not total:
-            return _NOTHING
-        mean = sum(part.elements * part.mean for part in parts) / total
-        variance = sum(part.elements * (part.variance + (part.mean - mean) ** 2) for part in parts) / total
-        return _Moments(total, mean, variance, sum(part.elements * part.signal_variance for part in parts) / total)
-
-
-_NOTHING = _Moments()
-
-
 @dataclass
 class _Outputs:
     """What a layer put out, and the norms of the gradients that came back for it."""
 
-    moments: list[_Moments] = field(default_factory=list)
+    moments: list[Moments] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
 
 
@@ -212,7 +180,7 @@ class _Passage:
 
     loss: float = math.nan
     outputs: dict[nn.Module, _Outputs] = field(default_factory=dict)
-    first_input: _Moments = _NOTHING
+    first_input: Moments = field(default_factory=Moments)
     gradients: dict[int, Tensor | None] = field(default_factory=dict)
     scale: float = 1.0
     dtypes: set[torch.dtype] = field(default_factory=set)
@@ -230,12 +198,12 @@ class _Layer:
 
     name: str
     module: nn.Module
-    slots: tuple[Slot, ...]
+    owned: tuple[Tensor, ...]
 
     @cached_property
     def tensors(self) -> list[Tensor]:
         """Its trainable parameters; all of them, if none is."""
-        unique = list({id(tensor): tensor for slot in self.slots for tensor in slot.tensors}.values())
+        unique = list({id(tensor): tensor for tensor in self.owned}.values())
         return [tensor for tensor in unique if tensor.requires_grad] or unique
 
     @property
@@ -244,7 +212,7 @@ class _Layer:
 
     def signal(self, passage: _Passage) -> float:
         """Standard deviation of its output over the batch; NaN if it was not called."""
-        return _Moments.pooled(self._outputs(passage).moments).signal
+        return Moments.pooled(self._outputs(passage).moments).signal
 
     def grad_norm(self, passage: _Passage) -> float:
         """Norm of the gradient of its parameters; NaN where the loss does not depend on them."""
@@ -254,7 +222,7 @@ class _Layer:
 
     def row(self, passage: _Passage) -> SignalRow:
         outputs = self._outputs(passage)
-        moments = _Moments.pooled(outputs.moments)
+        moments = Moments.pooled(outputs.moments)
         output_grad_norm = math.hypot(*outputs.gradient_norms) / passage.scale if outputs.gradient_norms else math.nan
         gradients = [passage.gradients.get(id(tensor)) for tensor in self.tensors]
         seen = [part.variance for part in outputs.moments if part.elements] + outputs.gradient_norms
@@ -295,12 +263,12 @@ def _refuse_shapeless_and_sharded(model: nn.Module) -> None:
 
 def _layers(model: nn.Module) -> list[_Layer]:
     """The layers of a model in the order of registration, each once, under the first of its names."""
-    names: dict[nn.Module, str] = {}
-    members: dict[nn.Module, list[Slot]] = {}
-    for slot in slots(model):
-        if slot.module_name == names.setdefault(slot.module, slot.module_name):
-            members.setdefault(slot.module, []).append(slot)
-    return [_Layer(names[module], module, tuple(each)) for module, each in members.items()]
+    layers = []
+    for name, module in named_modules(model):
+        owned = tuple(tensor for _, tensors, _ in own_parameters(module) for tensor in tensors)
+        if owned and not isinstance(module, ParametrizationList):  # its originals belong to the layer above
+            layers.append(_Layer(name, module, owned))
+    return layers
 
 
 def _in_order_of_execution(layers: Sequence[_Layer], passage: _Passage) -> list[_Layer]:
@@ -318,28 +286,28 @@ def _observe(model: nn.Module, batch: Any, loss_fn: LossFunction, layers: Sequen
     """Make one forward and one backward pass and leave no trace of them."""
     passage = _Passage()
     parameters = {id(each): each for layer in layers for each in layer.tensors if each.requires_grad}
-    with isolated(model), _eager(), ExitStack() as tensor_hooks:
-        with ExitStack() as module_hooks, torch.enable_grad():
-            for layer in layers:
-                hook = layer.module.register_forward_hook(_observer(passage, tensor_hooks), with_kwargs=True)
-                module_hooks.callback(hook.remove)
+    with isolated(model), eager(), ExitStack() as tensor_hooks:
+        modules = [(layer.name, layer.module) for layer in layers]
+        with OutputHooks(modules, _observer(passage, tensor_hooks)), torch.enable_grad():
             loss = _scalar(loss_fn(model, batch))
         # Without the hooks on modules, since a checkpointed part of the model now runs again.
         _backward(loss, list(parameters.values()), passage)
     return passage
 
 
-def _observer(passage: _Passage, tensor_hooks: ExitStack) -> Callable[..., None]:
-    """A forward hook that notes a layer's output, and the gradient that comes back for it."""
+def _observer(passage: _Passage, tensor_hooks: ExitStack) -> Callable[[ModuleCall], None]:
+    """What notes a layer's output, and the gradient that comes back for it."""
 
-    def observe(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def observe(call: ModuleCall) -> None:
         if not passage.outputs:
-            passage.first_input = _Moments.pooled([_Moments.of(each) for each in _floating([args, kwargs])[:1]])
-        tensor = next(iter(_floating(output)), None)
+            passage.first_input = Moments.pooled(
+                [Moments.of(each) for each in floating_tensors([call.args, call.kwargs])[:1]]
+            )
+        tensor = next(iter(floating_tensors(call.output)), None)
         if tensor is None:
             return
-        outputs = passage.outputs.setdefault(module, _Outputs())
-        outputs.moments.append(_Moments.of(tensor))
+        outputs = passage.outputs.setdefault(call.module, _Outputs())
+        outputs.moments.append(Moments.of(tensor))
         passage.dtypes.add(tensor.dtype)
         if tensor.requires_grad:
             # It gets the gradient of these values, also if an activation then overwrites them in place.
@@ -408,7 +376,7 @@ def _with_gradient(parameters: Mapping[int, Tensor], passage: _Passage) -> dict[
 def _move(parameter: Tensor, gradient: Tensor | None) -> None:
     assert gradient is not None
     root_mean_square = _norm([gradient]) / math.sqrt(gradient.numel())
-    parameter.sub_(_precise(gradient.to_dense()) * (_WAKING_STEP / root_mean_square))
+    parameter.sub_(precise(gradient.to_dense()) * (_WAKING_STEP / root_mean_square))
 
 
 def _projection(model: nn.Module, batch: Any) -> Tensor:
@@ -419,7 +387,7 @@ def _projection(model: nn.Module, batch: Any) -> Tensor:
         output = model(batch[0] if isinstance(batch, tuple | list) else batch)
     generator = torch.Generator().manual_seed(0)
     losses = []
-    for tensor in _floating(output):
+    for tensor in floating_tensors(output):
         signs = torch.randint(2, tensor.shape, generator=generator).mul(2).sub(1).to(tensor)
         losses.append((tensor * signs / math.sqrt(max(1, tensor.numel()))).sum())
     if not losses:
@@ -438,23 +406,5 @@ def _scalar(loss: Any) -> Tensor:
     return loss.reshape(())
 
 
-def _floating(values: Any) -> list[Tensor]:
-    """The floating-point tensors in nested tuples, lists and mappings."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(_precise(tensor))) for tensor in tensors))
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor in float64, in which squares of tiny and huge ones exist; MPS has only float32."""
-    values = local_values(tensor.detach())
-    if values.is_complex():
-        values = torch.view_as_real(values)
-    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
-
-
-def _eager() -> AbstractContextManager[None]:
-    """Run what is compiled as it is written, so that hooks see it."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    return math.hypot(*(float(torch.linalg.vector_norm(precise(tensor))) for tensor in tensors))

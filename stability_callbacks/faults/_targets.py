@@ -1,13 +1,34 @@
-"""Which gradients a backward pass wrote."""
+"""The tensors of a step that a fault may hit: those that an optimizer keeps, and the gradients of a backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
-__all__ = ["GradientMarks"]
+from stability_callbacks._nesting import named_tensors
+
+__all__ = ["GradientMarks", "named_optimizer_state"]
+
+
+def named_optimizer_state(
+    optimizer: Optimizer, parameters: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that an optimizer keeps for its parameters, without its counts of steps.
+
+    Args:
+        optimizer: The optimizer.
+        parameters: Its parameters with their names.
+
+    Yields:
+        Name and tensor: ``head.weight.exp_avg``. Nothing before the optimizer's first step.
+    """
+    for name, parameter in parameters:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key != "step":
+                yield from named_tensors(value, f"{name}.{key}")
 
 
 class GradientMarks:

@@ -7,35 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from stability_callbacks.diagnosis._finding import Finding
+from stability_callbacks.diagnosis._kinds import kind_of
+from stability_callbacks.diagnosis._signal_kinds import (
+    DEAD,
+    EXPLODING_FORWARD,
+    NON_FINITE,
+    REMEDIES,
+    VANISHING_FORWARD,
+)
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DEAD", "EXPLODING_BACKWARD", "EXPLODING_FORWARD", "FROZEN", "NON_FINITE", "SILENT", "UNUSED"]
-__all__ += ["VANISHING_BACKWARD", "VANISHING_FORWARD", "SignalFinding", "SignalReport", "SignalRow"]
-
-NON_FINITE = "non-finite"
-DEAD = "dead"
-EXPLODING_FORWARD = "exploding forward"
-EXPLODING_BACKWARD = "exploding backward"
-VANISHING_FORWARD = "vanishing forward"
-VANISHING_BACKWARD = "vanishing backward"
-SILENT = "silent by zero initialisation"
-UNUSED = "unused"
-FROZEN = "frozen"
-
-# The faults, gravest first; the other flags are remarks.
-_REMEDIES = {
-    NON_FINITE: "look at the first of them: at its input, and at logarithms, roots and divisions before it"
-    " (stability_callbacks.numerics has safe ones)",
-    DEAD: "no gradient can get back: look for rectifiers that no input passes (large negative biases), gates at zero,"
-    " two zero-initialised layers in a row",
-    EXPLODING_FORWARD: "initialise with Auto() or LSUV(); where residual branches add up without norms, with"
-    " ZeroResidual() or DepthScaled()",
-    EXPLODING_BACKWARD: "add skip connections, since norms alone let gradients grow toward the input; where activations"
-    " explode too, initialise with Auto() or LSUV()",
-    VANISHING_FORWARD: "initialise with Auto() or LSUV(), add skip connections, use ReLU or GELU instead of sigmoid",
-    VANISHING_BACKWARD: "initialise with Auto() or LSUV(), add skip connections, use ReLU or GELU instead of sigmoid",
-}
+__all__ = ["SignalFinding", "SignalReport", "SignalRow"]
 
 _HEADINGS = ("layer", "mean", "std", "signal", "dL/dy", "dL/dw", "dw/w", "flags")
 
@@ -76,28 +61,31 @@ class SignalRow(NamedTuple):
     @property
     def faults(self) -> tuple[str, ...]:
         """Those of the flags that are faults: not ``unused``, ``frozen`` and ``silent by zero initialisation``."""
-        return tuple(flag for flag in self.flags if flag in _REMEDIES)
+        return tuple(flag for flag in self.flags if flag in REMEDIES)
 
 
-class SignalFinding(NamedTuple):
-    """One kind of fault.
+@dataclass(frozen=True)
+class SignalFinding(Finding):
+    """One kind of fault: a :class:`Finding` with the layers concerned.
 
     Attributes:
         kind: Which.
-        layers: The layers concerned, in order of execution.
-        evidence: The numbers that show it.
+        severity: ``"error"`` for ``"non-finite"`` and ``"dead"``, else ``"warning"``.
+        where: The first of the layers; empty where that is the model itself.
+        evidence: The numbers that show it, and the layers that they are of: ``first_layer`` and ``loss``;
+            ``gradient_or_signal``; ``activation_std`` and ``layer``; or ``lowest``, ``lowest_layer``, ``highest`` and
+            ``highest_layer`` of the standard deviation over the batch or the norm of the output's gradient.
+        causes: Empty.
         remedy: What to do.
+        layers: The layers concerned, in order of execution.
     """
 
-    kind: str
-    layers: tuple[str, ...]
-    evidence: str
-    remedy: str
+    layers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         first, last = _shown(self.layers[0]), _shown(self.layers[-1])
         where = f"layer {first}" if len(self.layers) == 1 else f"{len(self.layers)} layers, {first} to {last}"
-        return f"{self.kind} ({where}): {self.evidence}. Remedy: {self.remedy}."
+        return f"{self.kind} ({where}): {_evidence_in_words(self)}. Remedy: {self.remedy}."
 
 
 @dataclass(frozen=True)
@@ -114,7 +102,8 @@ class SignalReport:
 
     Example:
         >>> import torch
-        >>> from stability_callbacks.initialization import Normal, signal_report
+        >>> from stability_callbacks.diagnosis import signal_report
+        >>> from stability_callbacks.initialization import Normal
         >>> _ = torch.manual_seed(0)
         >>> layers = [layer for _ in range(20) for layer in (torch.nn.Linear(64, 64), torch.nn.ReLU())]
         >>> model = torch.nn.Sequential(*layers)
@@ -145,9 +134,16 @@ class SignalReport:
     @property
     def findings(self) -> tuple[SignalFinding, ...]:
         """The faults, gravest first."""
-        flagged = {kind: [row for row in self.rows if kind in row.flags] for kind in _REMEDIES}
+        flagged = {kind: [row for row in self.rows if kind in row.flags] for kind in REMEDIES}
         return tuple(
-            SignalFinding(kind, tuple(row.name for row in rows), self._evidence(kind, rows), _REMEDIES[kind])
+            SignalFinding(
+                kind=kind,
+                severity=kind_of(kind).severity,
+                where=rows[0].name,
+                evidence=_evidence(self, kind, rows),
+                remedy=REMEDIES[kind],
+                layers=tuple(row.name for row in rows),
+            )
             for kind, rows in flagged.items()
             if rows
         )
@@ -156,18 +152,6 @@ class SignalReport:
     def verdict(self) -> str:
         """The kinds of faults, gravest first, separated by commas; ``healthy`` where there is none."""
         return ", ".join(finding.kind for finding in self.findings) or "healthy"
-
-    def _evidence(self, kind: str, rows: list[SignalRow]) -> str:
-        if kind == NON_FINITE:
-            return f"first in layer {_shown(rows[0].name)}, loss {self.loss:.2g}"
-        if kind == DEAD:
-            return "gradient or signal exactly 0"
-        if kind == EXPLODING_FORWARD:
-            worst = max(rows, key=lambda row: row.activation_std)
-            return f"activation std {worst.activation_std:.2g} in layer {_shown(worst.name)}"
-        if kind == VANISHING_FORWARD:
-            return f"std over the batch {_extremes(self.rows, 'signal_std')}"
-        return f"norm of the output's gradient {_extremes(self.rows, 'output_grad_norm')}"
 
     def __str__(self) -> str:
         lines = [_HEADINGS, *map(_cells, self.rows)]
@@ -202,11 +186,38 @@ def _cells(row: SignalRow) -> tuple[str, ...]:
     return (_shown(row.name), *(f"{number:.2g}" for number in numbers), ", ".join(row.flags))
 
 
-def _extremes(rows: tuple[SignalRow, ...], attribute: str) -> str:
-    """The smallest and the largest of some numbers, and where they are."""
-    finite = [row for row in rows if math.isfinite(getattr(row, attribute))]
+def _evidence(report: SignalReport, kind: str, rows: list[SignalRow]) -> dict[str, float | str]:
+    if kind == NON_FINITE:
+        return {"first_layer": rows[0].name, "loss": report.loss}
+    if kind == DEAD:
+        return {"gradient_or_signal": 0.0}
+    if kind == EXPLODING_FORWARD:
+        worst = max(rows, key=lambda row: row.activation_std)
+        return {"activation_std": worst.activation_std, "layer": worst.name}
+    attribute = "signal_std" if kind == VANISHING_FORWARD else "output_grad_norm"
+    finite = [row for row in report.rows if math.isfinite(getattr(row, attribute))]
     low, high = (choose(finite, key=lambda row: getattr(row, attribute)) for choose in (min, max))
-    return ", ".join(f"{getattr(row, attribute):.2g} in layer {_shown(row.name)}" for row in (low, high))
+    return {
+        "lowest": getattr(low, attribute),
+        "lowest_layer": low.name,
+        "highest": getattr(high, attribute),
+        "highest_layer": high.name,
+    }
+
+
+def _evidence_in_words(finding: SignalFinding) -> str:
+    def fact(number: str, layer: str) -> str:
+        return f"{finding.evidence[number]:.2g} in layer {_shown(str(finding.evidence[layer]))}"
+
+    if finding.kind == NON_FINITE:
+        layer = _shown(str(finding.evidence["first_layer"]))
+        return f"first in layer {layer}, loss {finding.evidence['loss']:.2g}"
+    if finding.kind == DEAD:
+        return "gradient or signal exactly 0"
+    if finding.kind == EXPLODING_FORWARD:
+        return f"activation std {fact('activation_std', 'layer')}"
+    what = "std over the batch" if finding.kind == VANISHING_FORWARD else "norm of the output's gradient"
+    return f"{what} {fact('lowest', 'lowest_layer')}, {fact('highest', 'highest_layer')}"
 
 
 def _shown(name: str) -> str:
