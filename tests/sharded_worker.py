@@ -214,7 +214,7 @@ def buffers(mesh: DeviceMesh) -> Any:
         backup = BufferBackup(module)
         backup.take()
         module.spoil()
-        names, flags = backup.spoiled()
+        names, flags = backup.nonfinite()
         after = module.state()
         restore(backup)
         same_objects = all(one is other for one, other in zip(objects, module.buffers(), strict=True))

@@ -154,5 +154,5 @@ def test_sharded_buffers_are_backed_up_and_restored(found: Results, restore: str
 
 def test_each_rank_judges_its_own_shard_of_a_buffer(found: Results) -> None:
     for result in found:
-        *_, spoiled, _ = result["buffers"]["restore"]
-        assert {name for name, flag in spoiled.items() if flag} == {"statistics"}  # not the mask
+        *_, nonfinite, _ = result["buffers"]["restore"]
+        assert {name for name, flag in nonfinite.items() if flag} == {"statistics"}  # not the mask

@@ -168,7 +168,7 @@ class StepGuard(StabilityCallback):
         assert step.gradients is not None
         norms = step.gradients.norms()
         buffers = step.lifecycle.buffers
-        spoiled_names, spoiled = buffers.spoiled() if buffers is not None else ((), None)
+        spoiled_names, spoiled = buffers.nonfinite() if buffers is not None else ((), None)
         evidence = StepEvidence(step.loss, norms, spoiled, self._input_magnitude)
         votes = [(detector.kind, detector(evidence)) for detector in self._detectors_of_optimizer[step.index]]
         flags = [
@@ -185,7 +185,7 @@ class StepGuard(StabilityCallback):
             return
         accepted = ~step.skip
         for detector in self._detectors_of_optimizer[step.index]:
-            detector.learn(self._evidence, accepted)
+            detector.update(self._evidence, accepted)
         if step.skipped:
             self._found[step.label] = self._suspects
         elif step.skipped is None:

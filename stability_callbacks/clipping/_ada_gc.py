@@ -99,12 +99,12 @@ class AdaGC(ClipRule):
         alone = (self.ratio * mine / torch.where(valid, seen, 1.0)).clamp(max=1.0)
         factor = torch.where(valid, torch.where(warm, alone, together), 1.0)
         clipped = torch.where(valid, seen * factor, seen)
-        learnt = torch.where(
+        updated = torch.where(
             warm,
             self.beta * mine + (1 - self.beta) * clipped,
             torch.where(known > 0, torch.minimum(mine, clipped), clipped),
         )
-        average.index_copy_(0, rows, torch.where(valid, learnt, mine))
+        average.index_copy_(0, rows, torch.where(valid, updated, mine))
         count.index_copy_(0, rows, known + valid)
 
         scale_each_gradient_(pairs, factor.to(norms.per_tensor.dtype))

@@ -58,7 +58,7 @@ def unit_norms(tensor: Tensor) -> Tensor:
 class AGC(ClipRule):
     r"""Clip each unit's gradient where it is large compared with the unit's weight.
 
-    The clipping that made networks without normalisation layers trainable at large batch sizes. Exclude the classifier,
+    The clipping that made networks without normalization layers trainable at large batch sizes. Exclude the classifier,
     as the paper does: by name, or with ``exclude_last_layer``.
 
     .. math:: g_u \leftarrow g_u \cdot \min\Big(1,
@@ -69,7 +69,7 @@ class AGC(ClipRule):
 
     Args:
         clip: Largest ratio of gradient to weight norm, > 0. Default 0.01.
-        eps: Weight norms count for at least this, so that zero-initialised weights can train, > 0. Default 1e-3.
+        eps: Weight norms count for at least this, so that zero-initialized weights can train, > 0. Default 1e-3.
         exclude: Regular expressions, searched in the full parameter name: parameters to leave alone. They need named
             parameters. Default: none.
         exclude_last_layer: Whether to leave the last layer alone too: the one that owns the last weight of two or more
@@ -178,6 +178,6 @@ class AGC(ClipRule):
 
 
 def _owner(name: str) -> str:
-    """The module that owns a parameter, also where it is parametrised: then its parts lie in modules below."""
-    module, parametrised, _ = name.partition(".parametrizations.")
-    return module if parametrised else name.rpartition(".")[0]
+    """The module that owns a parameter, also where it is parametrized: then its parts lie in modules below."""
+    module, parametrized, _ = name.partition(".parametrizations.")
+    return module if parametrized else name.rpartition(".")[0]

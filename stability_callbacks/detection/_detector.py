@@ -19,7 +19,7 @@ class StepEvidence(NamedTuple):
         loss: The loss of the step (the mean over its micro-batches, and over all processes if a detector compares
             losses), 0-dim; None where it was not seen.
         gradients: The norms of its raw gradients.
-        spoiled_buffers: For each floating-point buffer whether its values became non-finite in this step, shape
+        nonfinite_buffers: For each floating-point buffer whether its values became non-finite in this step, shape
             ``[B]``; None where buffers are not watched.
         input_magnitude: The largest absolute value in the inputs of all its micro-batches, 0-dim, see
             :func:`~stability_callbacks.detection.input_magnitude`; None where it was not measured, or nothing was there
@@ -28,7 +28,7 @@ class StepEvidence(NamedTuple):
 
     loss: Tensor | None
     gradients: GradientNorms
-    spoiled_buffers: Tensor | None = None
+    nonfinite_buffers: Tensor | None = None
     input_magnitude: Tensor | None = None
 
 
@@ -54,7 +54,7 @@ class Detector(ABC):
 
     @abstractmethod
     def __call__(self, evidence: StepEvidence) -> Tensor:
-        """Vote on a step; what the detector has learnt stays as it is.
+        """Vote on a step; what the detector has learned stays as it is.
 
         Args:
             evidence: What is known of the step.
@@ -63,7 +63,7 @@ class Detector(ABC):
             A 0-dim boolean on the gradients' device: True if the step must be skipped.
         """
 
-    def learn(self, evidence: StepEvidence, accepted: Tensor) -> None:
+    def update(self, evidence: StepEvidence, accepted: Tensor) -> None:
         """Take a step into the detector's statistics, once the verdict on it is known.
 
         Args:

@@ -186,7 +186,7 @@ def test_a_stress_run_tells_rules_that_suffer() -> None:
     """A rule whose threshold is the mean of all norms, without a bound on the spikes it learns from."""
 
     class Naive(AdaptiveNormClip):
-        def _learn(self, norm: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        def _update(self, norm: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
             total, count = self._state.on(norm.device, total=0, count=0)
             total.add_(torch.where(valid, norm, 0.0))
             count.add_(valid)

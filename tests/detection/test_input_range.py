@@ -188,7 +188,7 @@ def test_is_a_plain_value() -> None:
     assert (detector.kind, detector.needs_inputs, detector.max_abs, detector.state_dict()) == ("input", True, 50.0, {})
     for twin in (detector, copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
         assert repr(twin) == "InputRange(max_abs=50.0)"
-    detector.learn(evidence(), torch.tensor(True))
+    detector.update(evidence(), torch.tensor(True))
     assert repr(InputRange()) == "InputRange(max_abs=None)"
 
 

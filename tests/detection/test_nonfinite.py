@@ -37,16 +37,16 @@ def test_any_bad_evidence_is_enough(loss: bool, gradients: bool, buffers: bool, 
     evidence = StepEvidence(
         loss=torch.tensor(bad if loss else 0.5),
         gradients=norms_of(1.0, bad if gradients else 2.0),
-        spoiled_buffers=torch.tensor([False, buffers]),
+        nonfinite_buffers=torch.tensor([False, buffers]),
     )
     assert vote(evidence) == (loss or gradients or buffers)
 
 
 @pytest.mark.parametrize("loss", [None, torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.float16)])
-@pytest.mark.parametrize("spoiled", [None, torch.zeros(0, dtype=torch.bool)])
-def test_evidence_may_be_missing_or_of_another_shape(loss: Tensor | None, spoiled: Tensor | None) -> None:
-    assert not vote(StepEvidence(loss, norms_of(1.0), spoiled))
-    assert vote(StepEvidence(loss, norms_of(NAN), spoiled))
+@pytest.mark.parametrize("nonfinite", [None, torch.zeros(0, dtype=torch.bool)])
+def test_evidence_may_be_missing_or_of_another_shape(loss: Tensor | None, nonfinite: Tensor | None) -> None:
+    assert not vote(StepEvidence(loss, norms_of(1.0), nonfinite))
+    assert vote(StepEvidence(loss, norms_of(NAN), nonfinite))
 
 
 def test_a_bad_element_of_the_loss_is_enough() -> None:

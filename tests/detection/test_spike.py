@@ -34,7 +34,7 @@ def verdict(accepted: bool) -> Tensor:
 def teach(spike: Spike, steps: Steps) -> Spike:
     """Let it learn losses and norms as those of accepted steps."""
     for loss, norm in steps:
-        spike.learn(evidence(loss, norm), verdict(True))
+        spike.update(evidence(loss, norm), verdict(True))
     return spike
 
 
@@ -46,7 +46,7 @@ def votes(spike: Spike, steps: Steps) -> list[bool]:
         vote = spike(step)
         assert vote.shape == ()
         assert vote.dtype == torch.bool
-        spike.learn(step, ~vote)
+        spike.update(step, ~vote)
         voted.append(bool(vote))
     return voted
 
@@ -110,7 +110,7 @@ def test_equals_the_reference(run: list[tuple[float | None, float, bool]], windo
         np.testing.assert_allclose(spike.z_scores(step).tolist(), watched, rtol=1e-9, atol=1e-12, equal_nan=True)
         if all(abs(z - 3.0) > 1e-6 for z in watched):
             assert bool(spike(step)) == any(z > 3.0 for z in watched)
-        spike.learn(step, verdict(accepted))
+        spike.update(step, verdict(accepted))
         if accepted and loss is not None and math.isfinite(loss):
             past["loss"].append(loss)
         if accepted and math.isfinite(norm) and norm > 0:
@@ -308,7 +308,7 @@ def test_bad_values_neither_vote_nor_enter(bad: float) -> None:
     state = spike.state_dict()
     for step in (evidence(bad, bad), evidence(None, 0.0), evidence(bad, 0.0)):
         assert not bool(spike(step))
-        spike.learn(step, verdict(True))
+        spike.update(step, verdict(True))
     assert_same_state(spike, state)
 
 
@@ -324,7 +324,7 @@ def test_skipped_steps_never_enter() -> None:
     spike = teach(Spike(window=8, min_history=4), [(1.0, 1.0)] * 5)
     state = spike.state_dict()
     for loss in (1.0, 5.0, 0.5):
-        spike.learn(evidence(loss, loss), verdict(False))
+        spike.update(evidence(loss, loss), verdict(False))
     assert_same_state(spike, state)
 
 
@@ -333,7 +333,7 @@ def test_a_step_without_gradients_never_enters() -> None:
     state = spike.state_dict()
     step = StepEvidence(torch.tensor(9.0), measure_gradients([]))
     spike(step)
-    spike.learn(step, verdict(True))
+    spike.update(step, verdict(True))
     assert_same_state(spike, state)
 
 
@@ -365,7 +365,7 @@ def test_memory_is_made_once() -> None:
 def test_half_precision_evidence_makes_double_statistics(dtype: torch.dtype) -> None:
     spike = Spike(window=8, min_history=4)
     for loss in (1.0, 1.1, 0.9, 1.0, 1.05):
-        spike.learn(evidence(loss, loss, dtype=dtype), verdict(True))
+        spike.update(evidence(loss, loss, dtype=dtype), verdict(True))
     history = spike.state_dict()["history"]
     assert history.dtype == torch.float64
     assert history[0, 1].item() == torch.tensor(1.1, dtype=dtype).item()
@@ -376,7 +376,7 @@ def test_a_loss_that_still_has_its_graph_is_let_go_of() -> None:
     weight = nn.Parameter(torch.tensor(1.0))
     step = evidence()._replace(loss=weight * 2)
     spike = Spike(window=4, min_history=2)
-    spike.learn(step, verdict(True))
+    spike.update(step, verdict(True))
     assert not spike.z_scores(step).requires_grad
     assert not spike.state_dict()["history"].requires_grad
 
@@ -387,7 +387,7 @@ def test_the_host_reads_nothing() -> None:
     with ForbidHostReads():
         for _ in range(10):
             spike(step)
-            spike.learn(step, accepted)
+            spike.update(step, accepted)
 
 
 # State and settings

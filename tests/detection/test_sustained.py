@@ -31,7 +31,7 @@ def fires(rise: SustainedRise, losses: Sequence[float | None], accepted: bool = 
     for loss in losses:
         step = evidence(loss)
         flags.append(bool(rise(step)))
-        rise.learn(step, torch.tensor(accepted))
+        rise.update(step, torch.tensor(accepted))
     return flags
 
 
@@ -82,7 +82,7 @@ def test_equals_a_count_of_spikes_and_resumes_anywhere(losses: list[float], data
         if math.isfinite(loss):
             row = row + 1 if stands_out else 0
         expected.append(row >= 3)
-        spike.learn(step, torch.tensor(not stands_out))
+        spike.update(step, torch.tensor(not stands_out))
     cut = data.draw(st.integers(0, len(losses)))
     first, second = SustainedRise(**ARGUMENTS), SustainedRise(**ARGUMENTS)
     flags = fires(first, losses[:cut])
@@ -96,7 +96,7 @@ def test_the_host_reads_nothing() -> None:
         for loss in SETTLED:
             step = evidence(loss)
             rise(step)
-            rise.learn(step, torch.tensor(True))
+            rise.update(step, torch.tensor(True))
 
 
 def test_plain_object() -> None:
