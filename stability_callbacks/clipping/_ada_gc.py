@@ -14,7 +14,6 @@ from stability_callbacks.clipping._rule import ClipResult, ClipRule
 from stability_callbacks.gradient_pass import (
     GradientNorms,
     Parameters,
-    combine_norms,
     named_gradients,
     scale_each_gradient_,
 )
@@ -80,6 +79,7 @@ class AdaGC(ClipRule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._names = list(state_dict["names"])
+        self._cached = None
         self._state.load_state_dict({name: value for name, value in state_dict.items() if name != "names"})
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class AdaGC(ClipRule):
         count.index_copy_(0, rows, known + valid)
 
         scale_each_gradient_(pairs, factor.to(norms.per_tensor.dtype))
-        return ClipResult.between(norms.total, combine_norms(clipped).to(norms.total.dtype))
+        return ClipResult.from_parts(norms.total, seen, clipped)
 
     def _rows(self, norms: GradientNorms) -> Tensor:
         """Where the statistics of the given tensors stand; new names get rows at the end."""

@@ -14,7 +14,6 @@ from stability_callbacks.gradient_pass import (
     GradientNorms,
     NamedParameters,
     Parameters,
-    combine_norms,
     local_values,
     measure_gradients,
     named_parameters,
@@ -129,25 +128,30 @@ class AGC(ClipRule):
         pairs = NamedParameters(pair for pair in every if pair[1].grad is not None)
         norms = self.measure(pairs, norms)
         finite = torch.isfinite(norms.total)
-        included = [index for index, (name, _) in enumerate(pairs) if not self._excludes(name)]
-        clipped = list(norms.per_tensor.unbind())
+        excluded = {index for index, (name, _) in enumerate(pairs) if self._excludes(name)}
+        measured = norms.per_tensor.unbind()
+        before, after = [norms.per_tensor[:0]], [norms.per_tensor[:0]]
         # A vector is one unit, so its gradient's norm is known and the weights' norms are measured together.
-        vectors = [index for index in included if pairs[index][1].dim() <= 1]
+        vectors = [index for index, (_, each) in enumerate(pairs) if index not in excluded and each.dim() <= 1]
         if vectors:
-            known = torch.stack([clipped[index] for index in vectors])
+            known = torch.stack([measured[index] for index in vectors])
             weights = tensor_norms([pairs[index][1].detach() for index in vectors]).to(known)
             factors = self._factor(known, weights, finite)
             scale_each_gradient_([pairs[index] for index in vectors], factors)
-            for index, norm in zip(vectors, (known * factors).unbind(), strict=True):
-                clipped[index] = norm
-        for index in included:
-            if pairs[index][1].dim() > 1:
-                clipped[index] = self._clip_units(pairs[index][1], finite).to(norms.per_tensor)
+            before.append(known)
+            after.append(known * factors)
+        for index, (_, parameter) in enumerate(pairs):
+            if index in excluded:
+                before.append(measured[index].reshape(1))
+                after.append(measured[index].reshape(1))
+            elif parameter.dim() > 1:
+                units, factors = self._clip_units(parameter, finite)
+                before.append(units.to(norms.per_tensor))
+                after.append((units * factors).to(norms.per_tensor))
         if any(isinstance(parameter, DTensor) for _, parameter in pairs):
-            total = measure_gradients(pairs).total  # other ranks have clipped units of the same tensors
-        else:
-            total = combine_norms(torch.stack(clipped)) if clipped else norms.total
-        return ClipResult.between(norms.total, total)
+            # Other ranks have clipped units of the same tensors.
+            return ClipResult.between(norms.total, measure_gradients(pairs).total)
+        return ClipResult.from_parts(norms.total, torch.cat(before), torch.cat(after))
 
     def _excludes(self, name: str) -> bool:
         return any(pattern.search(name) for pattern in self._patterns) or (
@@ -158,8 +162,8 @@ class AGC(ClipRule):
         factor = (self.clip * weight.clamp(min=self.eps) / gradient.clamp(min=_LEAST_GRADIENT)).clamp(max=1.0)
         return torch.where(finite.to(factor.device), factor, 1.0)
 
-    def _clip_units(self, parameter: Tensor, finite: Tensor) -> Tensor:
-        """Clip the gradient of a weight with several units, and return its norm then."""
+    def _clip_units(self, parameter: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip the gradient of a weight with several units; returns their norms before, and the factors, flat."""
         gradient, weight = parameter.grad, local_values(parameter.detach())
         assert gradient is not None
         if isinstance(gradient, DTensor) and any(p.is_shard() and not p.is_shard(0) for p in gradient.placements):
@@ -173,8 +177,7 @@ class AGC(ClipRule):
         norms = unit_norms(local_values(gradient))
         factor = self._factor(norms, unit_norms(weight), finite)
         writable_values(gradient).mul_(factor.unsqueeze(-1) if gradient.is_complex() else factor)
-        clipped: Tensor = torch.linalg.vector_norm(norms * factor)
-        return clipped
+        return norms.flatten(), factor.flatten()
 
 
 def _owner(name: str) -> str:

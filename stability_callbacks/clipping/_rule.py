@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from stability_callbacks.gradient_pass import GradientNorms, Parameters, measure_gradients
+from stability_callbacks.gradient_pass import GradientNorms, Parameters, combine_norms, measure_gradients
 from stability_callbacks.schedules import Schedule
 
 __all__ = ["ClipResult", "ClipRule"]
@@ -35,6 +35,18 @@ class ClipResult(NamedTuple):
         ratio = clipped_norm / norm
         # 0 / 0 and inf / inf are steps in which nothing was clipped; the quotient of equal norms is exactly 1.
         return cls(norm, clipped_norm, torch.where(torch.isfinite(ratio), ratio, torch.ones_like(ratio)))
+
+    @classmethod
+    def from_parts(cls, norm: Tensor, before: Tensor, after: Tensor, norm_type: float = 2.0) -> ClipResult:
+        """The result of a rule that knows the norms of the parts that it clipped, ``[K]``, before and after it.
+
+        Their sum may round otherwise than ``norm`` does, so the coefficient is found from two sums of one kind: it is
+        exactly 1 where nothing was clipped.
+        """
+        ratio = combine_norms(after, norm_type) / combine_norms(before, norm_type)
+        clipped = torch.isfinite(norm) & torch.isfinite(ratio)
+        coefficient = torch.where(clipped, ratio.to(norm.dtype).clamp(max=1.0), torch.ones_like(norm))
+        return cls(norm, norm * coefficient, coefficient)
 
 
 class ClipRule(ABC):

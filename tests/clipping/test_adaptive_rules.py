@@ -172,6 +172,21 @@ def test_ada_gc_keeps_the_statistics_of_tensors_that_have_no_gradient() -> None:
     assert one.grad.item() == pytest.approx(2.0)
 
 
+def test_a_state_with_other_names_first_is_told_apart_from_what_was_known() -> None:
+    def steps(rule: AdaGC, order: str) -> list[float]:
+        weights = [(name, nn.Parameter(torch.zeros(1))) for name in order]
+        for name, weight in weights:
+            weight.grad = torch.tensor([{"a": 2.0, "b": 200.0}[name]])
+        rule.clip_(weights)
+        return [float(weight.grad) for _, weight in weights]  # type: ignore[arg-type]
+
+    one, other = (AdaGC(ratio=1.0, warmup_steps=1, warmup_max_norm=1e3) for _ in range(2))
+    steps(one, "ab")
+    steps(other, "ba")
+    other.load_state_dict(one.state_dict())
+    assert steps(other, "ba") == [200.0, 2.0]
+
+
 @pytest.mark.parametrize("name", stress.RULES)
 def test_a_stress_run_leaves_little_trace(name: str) -> None:
     """Spikes of x100, a NaN, an infinity and zeros: ten ordinary steps later they are forgotten."""

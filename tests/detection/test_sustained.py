@@ -47,6 +47,17 @@ def test_losses_that_stand_out_do_not_become_the_rule() -> None:
     assert fires(SustainedRise(**ARGUMENTS), [*SETTLED, *[9.0] * 50])[-1]
 
 
+def test_a_step_without_gradients_neither_adds_to_the_row_nor_ends_it() -> None:
+    rise = SustainedRise(**ARGUMENTS)
+    fires(rise, [*SETTLED, 9.0, 9.0])
+    for loss in (1.0, 9.0, 9.0):
+        empty = StepEvidence(torch.tensor(loss), GradientNorms((), torch.ones(0), torch.zeros(()), 2.0))
+        rise(empty)
+        rise.update(empty, torch.tensor(True))
+    assert fires(rise, [9.0]) == [True]
+    assert int(rise.state_dict()["row"]) == 3
+
+
 @pytest.mark.parametrize("gap", [math.nan, math.inf, None])
 def test_a_loss_that_says_nothing_neither_adds_to_the_row_nor_ends_it(gap: float | None) -> None:
     losses = [*SETTLED, 9.0, gap, gap, 9.0, gap, 9.0]
