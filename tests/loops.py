@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stability_callbacks.clipping import NormClip
+
 Batch = tuple[Tensor, Tensor, float]
 
 STEPS = 20
@@ -62,6 +64,10 @@ def by_hand(
         after_step()
         losses.append(loss.item())
     return losses
+
+
+def clip(net: nn.Module) -> None:
+    NormClip(max_norm=1.0).clip_(net.parameters())
 
 
 def learns(losses: list[float]) -> bool:
