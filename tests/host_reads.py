@@ -42,8 +42,11 @@ class ForbidHostReads(TorchDispatchMode):
         self._methods.close()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        masks = operation is _aten.index.Tensor and any(each.dtype == torch.bool for each in args[1] if each is not None)
-        assert operation not in _READING and not masks, f"the host reads a tensor: {operation}"
+        by_mask = operation is _aten.index.Tensor and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        reads = by_mask or operation in _READING
+        assert not reads, f"the host reads a tensor: {operation}"
         return operation(*args, **(kwargs or {}))
 
 

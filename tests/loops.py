@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from stability_callbacks.clipping import NormClip
 
 Batch = tuple[Tensor, Tensor, float]
+Train = Callable[..., list[float]]
 
 STEPS = 20
 SPIKE = 13  # the batch whose gradients explode

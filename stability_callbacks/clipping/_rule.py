@@ -54,7 +54,7 @@ class ClipRule(ABC):
 
     Derive from it and write :meth:`clip_` to make a rule of your own. What a rule owes:
 
-    - It shrinks gradients in place, and says in its :class:`ClipResult` by how much: exactly 1 where it changed nothing.
+    - It shrinks gradients in place, and its :class:`ClipResult` says by how much: exactly 1 where it changed nothing.
     - It leaves every gradient as it is, to the bit, in a step whose total norm is not finite, and learns nothing from
       it: whether such a step is bad is for a detector to say. A step that is skipped on the device reaches a rule in
       the same way, with its norms masked by NaN. A norm of zero, and a step without gradients, teach it nothing either.

@@ -19,8 +19,8 @@ class SustainedRise(Detector):
 
     One spike is a bad batch; several in a row are a model that has left its basin, which no skipped step brings back.
     Each step is judged as :class:`~stability_callbacks.detection.Spike` judges the loss; losses that stand out do not
-    enter its window, so the threshold does not rise with them. A non-finite loss neither adds to the row nor ends it, nor
-    does a step without gradients.
+    enter its window, so the threshold does not rise with them. A non-finite loss neither adds to the row nor ends it,
+    nor does a step without gradients.
 
     Args:
         patience: Length of the row, >= 1. Default 5.

@@ -23,8 +23,8 @@ class Schedule(ABC):
     - It is a pure function: the same number for the same step and total, in whatever order they are asked for. It
       remembers nothing, so it needs no ``state_dict``, resumes at any step, and may serve several optimizers.
     - It gives a finite ``float`` >= 0 for every step from 0 on, also beyond the total.
-    - Its highest value stands at step :meth:`warmup_steps`; up to there it never falls, and from there it falls or stays,
-      restarts apart.
+    - Its highest value stands at step :meth:`warmup_steps`; up to there it never falls, and from there it falls or
+      stays, restarts apart.
     - It raises a ``ValueError`` in a call without a total, None or infinite, where it :attr:`needs_total`, and works
       where it does not. A total given at construction is kept in :attr:`total_steps` and overrides the call's.
     - Pickles and copies give the same numbers, and its ``repr`` shows its settings: that of this class shows the

@@ -6,14 +6,24 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from stability_callbacks import clipping
-from stability_callbacks.clipping import AGC, AdaGC, AutoClip, ClipResult, ClipRule, NormClip, PerGroup, ValueClip, ZClip
+from stability_callbacks.clipping import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    ClipResult,
+    ClipRule,
+    NormClip,
+    PerGroup,
+    ValueClip,
+    ZClip,
+)
 from stability_callbacks.gradient_pass import GradientNorms, measure_gradients
 from stability_callbacks.schedules import Scaled, WarmupLinear
 from tests.contracts.contract import (
@@ -26,7 +36,7 @@ from tests.contracts.contract import (
     whole,
 )
 from tests.host_reads import ForbidHostReads
-from tests.loops import SPIKE, STEPS, Net, by_hand, learns
+from tests.loops import SPIKE, STEPS, Net, Train, by_hand, learns
 from tests.models import assert_same_bits
 
 NAN, INF = math.nan, math.inf
@@ -295,10 +305,11 @@ def resumes_bit_for_bit(make: Make[ClipRule]) -> None:
 
 @law
 def starts_afresh_from_an_empty_state(make: Make[ClipRule]) -> None:
-    rule = make()
+    rule, fresh = make(), make()
     run(rule, ORDINARY[:CUT])
     rule.load_state_dict(make().state_dict())
-    assert_same(run(rule, ORDINARY), run(make(), ORDINARY), "afresh")
+    assert_same(run(rule, ORDINARY), run(fresh, ORDINARY), "afresh")
+    assert_same_bits(rule.state_dict(), fresh.state_dict())
 
 
 @law
@@ -350,7 +361,7 @@ def assert_close(ours: list[Outcome], expected: list[Outcome]) -> None:
 
 
 @law
-def tames_a_spike_in_a_loop(make: Make[ClipRule], train: Any = by_hand) -> None:
+def tames_a_spike_in_a_loop(make: Make[ClipRule], train: Train = by_hand) -> None:
     """In a loop that knows nothing of Lightning, which without a rule is thrown off by one batch."""
     net, rule, results = Net(), make(), list[ClipResult]()
     losses = train(net, before_step=lambda *_: results.append(rule.clip_(net.named_parameters())))

@@ -33,7 +33,7 @@ NAN, INF = math.nan, math.inf
 
 # What they learn from the steps below is enough to judge the later ones by.
 EXAMPLES: Mapping[type[Detector], list[Callable[[], Detector]]] = {
-    InputRange: [lambda: InputRange(), lambda: InputRange(max_abs=50.0)],
+    InputRange: [InputRange, lambda: InputRange(max_abs=50.0)],
     Spike: [lambda on=on: Spike(window=16, min_history=8, on=on) for on in ("loss", "grad_norm", "both")],  # type: ignore[misc]
     SustainedRise: [lambda: SustainedRise(patience=2, window=16, min_history=8)],
 }
@@ -161,10 +161,11 @@ def resumes_bit_for_bit(make: Make[Detector]) -> None:
 
 @law
 def starts_afresh_from_an_empty_state(make: Make[Detector]) -> None:
-    detector = make()
+    detector, fresh = make(), make()
     judge(detector, STEPS[:CUT])
     detector.load_state_dict(make().state_dict())
-    assert judge(detector, STEPS) == judge(make(), STEPS)
+    assert judge(detector, STEPS) == judge(fresh, STEPS)
+    assert_same_bits(detector.state_dict(), fresh.state_dict())
 
 
 @law
@@ -206,7 +207,9 @@ def judges_shards_as_it_judges_the_whole(make: Make[Detector]) -> None:
         return [
             StepEvidence(
                 step.loss,
-                measure_gradients([("weight", parameter(place((step.gradients.total * torch.ones(4, 1) / 2).float())))]),
+                measure_gradients(
+                    [("weight", parameter(place((step.gradients.total * torch.ones(4, 1) / 2).float())))]
+                ),
                 step.nonfinite_buffers,
                 input_magnitude(place(torch.full((4, 2), float(step.input_magnitude or 0.0)))),
             )

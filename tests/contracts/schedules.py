@@ -23,18 +23,18 @@ from stability_callbacks.schedules import (
     WarmupStableDecay,
 )
 from tests.contracts.contract import Contract, Make, assert_stable_repr
-from tests.loops import STEPS, Net, by_hand, clip, learns
+from tests.loops import STEPS, Net, Train, by_hand, clip, learns
 from tests.models import assert_same_bits
 
 # With and without a warm-up, with shares and integers, with a total of their own and without one.
 EXAMPLES: Mapping[type[Schedule], list[Callable[[], Schedule]]] = {
     WarmupCosine: [
-        lambda: WarmupCosine(),
+        WarmupCosine,
         lambda: WarmupCosine(warmup=5, cycles=2),
         lambda: WarmupCosine(warmup=0, total_steps=STEPS, end=0.1),
     ],
-    WarmupLinear: [lambda: WarmupLinear(), lambda: WarmupLinear(warmup=0.2, start=0.5, end=0.1)],
-    WarmupStableDecay: [lambda: WarmupStableDecay(), lambda: WarmupStableDecay(warmup=0.1, decay=5, shape="linear")],
+    WarmupLinear: [WarmupLinear, lambda: WarmupLinear(warmup=0.2, start=0.5, end=0.1)],
+    WarmupStableDecay: [WarmupStableDecay, lambda: WarmupStableDecay(warmup=0.1, decay=5, shape="linear")],
     WarmupInverseSqrt: [lambda: WarmupInverseSqrt(warmup=0.25), lambda: WarmupInverseSqrt(warmup=5)],
     WarmupConstant: [lambda: WarmupConstant(warmup=0.25), lambda: WarmupConstant(warmup=5)],
     Scaled: [
@@ -144,7 +144,7 @@ def can_be_drawn(make: Make[Schedule], total: int = STEPS) -> None:
 
 
 @law
-def drives_a_learning_rate_in_a_loop(make: Make[Schedule], train: Any = by_hand) -> None:
+def drives_a_learning_rate_in_a_loop(make: Make[Schedule], train: Train = by_hand) -> None:
     """In a loop that knows nothing of Lightning; the reference is torch's own scheduler around the same function."""
     schedule, schedulers = make(), list[torch.optim.lr_scheduler.LambdaLR]()
 

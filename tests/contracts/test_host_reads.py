@@ -19,7 +19,7 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "index": lambda x: [1, 2, 3][x[0].long()],
     "tolist": lambda x: x.tolist(),
     "numpy": lambda x: x.numpy(),
-    "array": lambda x: np.asarray(x),
+    "array": np.asarray,
     "equal": lambda x: torch.equal(x, x),
     "nonzero": lambda x: x.nonzero(),
     "mask": lambda x: x[x > 0],
