@@ -132,7 +132,9 @@ def changes_nothing_but_values(make: Make[Policy]) -> None:
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     apply(make(), model)
     for name, each in model.named_parameters():
-        assert (each, each.data_ptr()) == parameters[name]
+        held, address = parameters[name]
+        assert each is held
+        assert each.data_ptr() == address
         assert each.grad is None
         assert each.requires_grad
         assert each.is_leaf

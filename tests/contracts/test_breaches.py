@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stability_callbacks.clipping import AutoClip, ClipResult, ClipRule, NormClip, ValueClip
 from stability_callbacks.detection import Detector, NonFinite, Spike
 from stability_callbacks.gradient_pass import named_gradients, scale_gradients_
-from stability_callbacks.initialization import LSUV, Auto, InitReport, Kaiming, Normal
+from stability_callbacks.initialization import Auto, InitReport, Kaiming, Normal
 from stability_callbacks.schedules import WarmupConstant, WarmupLinear
 from tests.contracts import clipping, detection, initialization, schedules
 from tests.contracts.contract import Contract
@@ -242,8 +242,9 @@ class Late(WarmupConstant):
 
 
 @breaks(schedules.starts_and_ends_where_it_says)
-class Endless(WarmupLinear):
-    end = 0.5
+class Lower(WarmupLinear):
+    def __init__(self) -> None:
+        super().__init__(start=0.5)
 
     def __call__(self, step: int, total_steps: int | None = None) -> float:
         return super().__call__(step, total_steps) * 0.9
@@ -256,17 +257,15 @@ class Rising(WarmupConstant):
 
 
 @breaks(schedules.says_whether_it_needs_a_total)
-class Hopeful(WarmupLinear):
-    @property
-    def needs_total(self) -> bool:
-        return False
+class Guessing(WarmupLinear):
+    def __call__(self, step: int, total_steps: int | None = None) -> float:
+        return super().__call__(step, 100 if total_steps is None else total_steps)
 
 
 @breaks(schedules.survives_copies_and_pickles)
-class Attached(WarmupConstant):
-    def __init__(self) -> None:
-        super().__init__()
-        self._function = lambda: None
+class Drifting(WarmupConstant):
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, start=0.5)
 
 
 @breaks(schedules.has_a_stable_repr)
@@ -319,8 +318,8 @@ class Replacing(Auto):
 
 
 @breaks(initialization.says_whether_it_needs_a_batch)
-class Undemanding(LSUV):
-    needs_batch: ClassVar[bool] = False
+class Undemanding(Auto):
+    needs_batch: ClassVar[bool] = True
 
 
 class Careless(Auto):
@@ -390,5 +389,5 @@ LAWS = [law for contract in CONTRACTS for law in contract.laws]
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: f"{law.__module__.rpartition('.')[2]}.{law.__name__}")
 def test_a_law_finds_out_a_class_that_breaks_it(law: Callable[..., None]) -> None:
     assert law in BREACHES, f"write a class that breaks {law.__name__}, or the law may be empty"
-    with pytest.raises((AssertionError, pytest.fail.Exception, AttributeError, RuntimeError, TypeError)):
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
         law(BREACHES[law])
