@@ -108,7 +108,7 @@ class AdaGC(ClipRule):
         count.index_copy_(0, rows, known + valid)
 
         scale_each_gradient_(pairs, factor.to(norms.per_tensor.dtype))
-        return ClipResult.from_parts(norms.total, seen, clipped)
+        return ClipResult.from_parts(norms.total, clipped, factor)
 
     def _rows(self, norms: GradientNorms) -> Tensor:
         """Where the statistics of the given tensors stand; new names get rows at the end."""

@@ -129,29 +129,29 @@ class AGC(ClipRule):
         norms = self.measure(pairs, norms)
         finite = torch.isfinite(norms.total)
         excluded = {index for index, (name, _) in enumerate(pairs) if self._excludes(name)}
-        measured = norms.per_tensor.unbind()
-        before, after = [norms.per_tensor[:0]], [norms.per_tensor[:0]]
+        clipped = list(norms.per_tensor.unbind())
+        applied = [norms.per_tensor[:0]]
         # A vector is one unit, so its gradient's norm is known and the weights' norms are measured together.
         vectors = [index for index, (_, each) in enumerate(pairs) if index not in excluded and each.dim() <= 1]
         if vectors:
-            known = torch.stack([measured[index] for index in vectors])
+            known = torch.stack([clipped[index] for index in vectors])
             weights = tensor_norms([pairs[index][1].detach() for index in vectors]).to(known)
             factors = self._factor(known, weights, finite)
             scale_each_gradient_([pairs[index] for index in vectors], factors)
-            before.append(known)
-            after.append(known * factors)
+            applied.append(factors)
+            for index, norm in zip(vectors, (known * factors).unbind(), strict=True):
+                clipped[index] = norm
         for index, (_, parameter) in enumerate(pairs):
-            if index in excluded:
-                before.append(measured[index].reshape(1))
-                after.append(measured[index].reshape(1))
-            elif parameter.dim() > 1:
-                units, factors = self._clip_units(parameter, finite)
-                before.append(units.to(norms.per_tensor))
-                after.append((units * factors).to(norms.per_tensor))
+            if index not in excluded and parameter.dim() > 1:
+                norm, factors = self._clip_units(parameter, finite)
+                clipped[index] = norm.to(norms.per_tensor)
+                applied.append(factors.to(norms.per_tensor))
         if any(isinstance(parameter, DTensor) for _, parameter in pairs):
             # Other ranks have clipped units of the same tensors.
             return ClipResult.between(norms.total, measure_gradients(pairs).total)
-        return ClipResult.from_parts(norms.total, torch.cat(before), torch.cat(after))
+        if not clipped:
+            return ClipResult.between(norms.total, norms.total)
+        return ClipResult.from_parts(norms.total, torch.stack(clipped), torch.cat(applied))
 
     def _excludes(self, name: str) -> bool:
         return any(pattern.search(name) for pattern in self._patterns) or (
@@ -163,7 +163,7 @@ class AGC(ClipRule):
         return torch.where(finite.to(factor.device), factor, 1.0)
 
     def _clip_units(self, parameter: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip the gradient of a weight with several units; returns their norms before, and the factors, flat."""
+        """Clip the gradient of a weight with several units; returns its norm then, and the units' factors."""
         gradient, weight = parameter.grad, local_values(parameter.detach())
         assert gradient is not None
         if isinstance(gradient, DTensor) and any(p.is_shard() and not p.is_shard(0) for p in gradient.placements):
@@ -177,7 +177,8 @@ class AGC(ClipRule):
         norms = unit_norms(local_values(gradient))
         factor = self._factor(norms, unit_norms(weight), finite)
         writable_values(gradient).mul_(factor.unsqueeze(-1) if gradient.is_complex() else factor)
-        return norms.flatten(), factor.flatten()
+        clipped: Tensor = torch.linalg.vector_norm(norms * factor)
+        return clipped, factor.flatten()
 
 
 def _owner(name: str) -> str:

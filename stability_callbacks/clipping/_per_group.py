@@ -106,13 +106,12 @@ class PerGroup(ClipRule):
         for index, (name, _) in enumerate(pairs):
             members.setdefault(self._group_of[name], []).append(index)
         each = masked.unbind()
-        before: list[Tensor] = []
-        after: list[Tensor] = []
+        totals: list[Tensor] = []
+        coefficients: list[Tensor] = []
         for pattern, indices in members.items():
             own = torch.stack([each[index] for index in indices])
             rule = self.rules[pattern]
             total = combine_norms(own, norms.norm_type)
-            before.append(total)
             if rule is not None:
                 group = [pairs[index] for index in indices]
                 known = GradientNorms(tuple(name for name, _ in group), own, total, norms.norm_type)
@@ -121,10 +120,11 @@ class PerGroup(ClipRule):
                     known = known._replace(total=torch.where(torch.isfinite(total), known.total, float("nan")))
                 result = rule.clip_(group, known)
                 total = total * result.coefficient
-            after.append(total)
+                coefficients.append(result.coefficient)
+            totals.append(total)
         for pattern, rule in self.rules.items():
             if rule is not None and rule.schedules and pattern not in members:
                 rule.clip_(())  # a step without gradients for it is a step of its schedule too
-        if not members:
+        if not coefficients:
             return ClipResult.between(norms.total, norms.total)
-        return ClipResult.from_parts(norms.total, torch.stack(before), torch.stack(after), norms.norm_type)
+        return ClipResult.from_parts(norms.total, torch.stack(totals), torch.stack(coefficients), norms.norm_type)

@@ -37,16 +37,20 @@ class ClipResult(NamedTuple):
         return cls(norm, clipped_norm, torch.where(torch.isfinite(ratio), ratio, torch.ones_like(ratio)))
 
     @classmethod
-    def from_parts(cls, norm: Tensor, before: Tensor, after: Tensor, norm_type: float = 2.0) -> ClipResult:
-        """The result of a rule that knows the norms of the parts that it clipped, ``[K]``, before and after it.
+    def from_parts(cls, norm: Tensor, parts: Tensor, factors: Tensor, norm_type: float = 2.0) -> ClipResult:
+        """The result of a rule that clips parts of the gradients, each by itself.
 
-        Their sum may round otherwise than ``norm`` does, so the coefficient is found from two sums of one kind: it is
-        exactly 1 where nothing was clipped.
+        The norms of parts add up to one that may round otherwise than ``norm`` does. Where nothing was clipped the
+        result says so exactly.
+
+        Args:
+            norm: Total norm before the rule.
+            parts: Norms after it of parts that make up the whole, ``[K]``.
+            factors: What gradients were multiplied by, in any grouping.
+            norm_type: The ``p`` of the norms.
         """
-        ratio = combine_norms(after, norm_type) / combine_norms(before, norm_type)
-        clipped = torch.isfinite(norm) & torch.isfinite(ratio)
-        coefficient = torch.where(clipped, ratio.to(norm.dtype).clamp(max=1.0), torch.ones_like(norm))
-        return cls(norm, norm * coefficient, coefficient)
+        clipped_norm = torch.minimum(combine_norms(parts, norm_type).to(norm.dtype), norm)
+        return cls.between(norm, torch.where((factors < 1).any(), clipped_norm, norm))
 
 
 class ClipRule(ABC):

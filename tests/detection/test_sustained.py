@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +13,6 @@ from hypothesis import strategies as st
 
 from stability_callbacks.detection import Spike, StepEvidence, SustainedRise
 from stability_callbacks.gradient_pass import GradientNorms
-from tests.host_reads import ForbidHostReads
-from tests.models import assert_same_bits
 
 NORMS = GradientNorms(("weight",), torch.ones(1), torch.ones(()), 2.0)
 ARGUMENTS: dict[str, int] = {"patience": 3, "window": 8, "min_history": 4}
@@ -74,15 +70,6 @@ def test_silent_without_history() -> None:
     assert not any(fires(SustainedRise(**ARGUMENTS), [1.0, 9.0, 9.0, 9.0, 9.0]))
 
 
-def test_asking_changes_nothing() -> None:
-    rise = SustainedRise(**ARGUMENTS)
-    fires(rise, SETTLED)
-    before = copy.deepcopy(rise.state_dict())
-    for _ in range(5):
-        assert not rise(evidence(9.0))
-    assert_same_bits(rise.state_dict(), before)
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from([0.9, 1.0, 1.1, 9.0, math.nan]), min_size=8, max_size=40), st.data())
 def test_equals_a_count_of_spikes_and_resumes_anywhere(losses: list[float], data: Any) -> None:
@@ -101,21 +88,8 @@ def test_equals_a_count_of_spikes_and_resumes_anywhere(losses: list[float], data
     assert flags + fires(second, losses[cut:]) == expected
 
 
-def test_the_host_reads_nothing() -> None:
-    rise = SustainedRise(**ARGUMENTS)
-    with ForbidHostReads():
-        for loss in SETTLED:
-            step = evidence(loss)
-            rise(step)
-            rise.update(step, torch.tensor(True))
-
-
-def test_plain_object() -> None:
-    rise = SustainedRise(**ARGUMENTS)
-    assert repr(rise) == "SustainedRise(patience=3, window=8, threshold=6, min_history=4)"
-    fires(rise, SETTLED)
-    for copied in (copy.deepcopy(rise), pickle.loads(pickle.dumps(rise))):
-        assert_same_bits(copied.state_dict(), rise.state_dict())
+def test_shows_its_settings() -> None:
+    assert repr(SustainedRise(**ARGUMENTS)) == "SustainedRise(patience=3, window=8, threshold=6, min_history=4)"
 
 
 @pytest.mark.parametrize(
