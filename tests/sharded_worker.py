@@ -25,6 +25,10 @@ from stability_callbacks.gradient_pass import (
     scale_gradients_,
 )
 from stability_callbacks.snapshots import BufferBackup
+from tests.contracts.clipping import CLIP_RULES, ORDINARY
+from tests.contracts.clipping import run as run_rule
+from tests.contracts.contract import sharded, whole
+from tests.gradients import gradient
 
 NAN, INF = math.nan, math.inf
 NORM_TYPES = [1.0, 2.0, 3.5, INF]
@@ -50,22 +54,16 @@ def whole_gradients() -> list[tuple[Tensor, Placement | None]]:
 
 def parameters(mesh: DeviceMesh) -> list[nn.Parameter]:
     weights = []
-    for gradient, placement in whole_gradients():
-        placed = gradient if placement is None else distribute_tensor(gradient, mesh, [placement])
+    for value, placement in whole_gradients():
+        placed = value if placement is None else distribute_tensor(value, mesh, [placement])
         weight = nn.Parameter(torch.zeros_like(placed))
         weight.grad = placed
         weights.append(weight)
     return weights
 
 
-def whole(tensor: Tensor | None) -> Tensor:
-    """A copy of all of a tensor."""
-    assert tensor is not None
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-
-
 def gradients_of(weights: list[nn.Parameter]) -> list[Tensor]:
-    return [whole(weight.grad) for weight in weights]
+    return [whole(gradient(weight)).clone() for weight in weights]
 
 
 def norms(mesh: DeviceMesh) -> Any:
@@ -158,18 +156,26 @@ def partial_sums(mesh: DeviceMesh) -> Any:
     results = {}
     for name, rule in {"norm": NormClip(1.0), "value": ValueClip(2.5)}.items():
         weight = make()
-        results[name] = (rule.clip_([weight]).norm, whole(weight.grad))
+        results[name] = (rule.clip_([weight]).norm, whole(gradient(weight)).clone())
     return results
+
+
+def exported(mesh: DeviceMesh) -> Any:
+    """What each rule that the package exports makes of many steps, of which every process holds its shards."""
+    return [
+        [tuple(map(list, each)) for each in run_rule(make(), ORDINARY, place=lambda tensor: sharded(tensor, mesh))]
+        for make in CLIP_RULES.makes()
+    ]
 
 
 def two_axes(mesh: DeviceMesh) -> Any:
     """Norms on two-dimensional meshes: replicated along one axis, and sharded along both."""
-    gradient = whole_gradients()[0][0]
+    value = whole_gradients()[0][0]
     results = []
     for shape in ((1, mesh.size()), (mesh.size(), 1)):
         grid = init_device_mesh("cpu", shape)
         for placements in ([Replicate(), Shard(0)], [Shard(0), Shard(1)], [Shard(0), Shard(0)]):
-            sharded = distribute_tensor(gradient, grid, placements)
+            sharded = distribute_tensor(value, grid, placements)
             results += [_norms.tensor_norms([sharded], norm_type) for norm_type in (2.0, INF)]
     return results
 
@@ -203,7 +209,7 @@ class Buffers(nn.Module):
         local[0] = NAN
 
     def state(self) -> dict[str, Tensor]:
-        return {name: whole(buffer) for name, buffer in self.named_buffers()}
+        return {name: whole(buffer).clone() for name, buffer in self.named_buffers()}
 
 
 def buffers(mesh: DeviceMesh) -> Any:
@@ -219,7 +225,7 @@ def buffers(mesh: DeviceMesh) -> Any:
         backup = BufferBackup(module)
         backup.take()
         module.spoil()
-        names, flags = backup.spoiled()
+        names, flags = backup.nonfinite()
         after = module.state()
         restore(backup)
         same_objects = all(one is other for one, other in zip(objects, module.buffers(), strict=True))
@@ -227,7 +233,7 @@ def buffers(mesh: DeviceMesh) -> Any:
     return results
 
 
-SCENARIOS = [norms, bad_elements, scaled, clipped, untouched, changes, partial_sums, two_axes, buffers]
+SCENARIOS = [norms, bad_elements, scaled, clipped, untouched, changes, partial_sums, exported, two_axes, buffers]
 
 
 def run(rank: int, processes: int, directory: Path, timeout: float = 60.0) -> dict[str, Any]:

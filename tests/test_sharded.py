@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from stability_callbacks.gradient_pass import measure_gradients
 from tests import sharded_worker as worker
+from tests.contracts.clipping import CLIP_RULES, ORDINARY, run
+from tests.contracts.contract import Make
 from tests.gradients import gradient, parameter
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +63,10 @@ def found(request: pytest.FixtureRequest) -> Results:
 
 def whole_parameters() -> list[nn.Parameter]:
     return [parameter(value) for value, _ in worker.whole_gradients()]
+
+
+def _name(each: Any) -> str:
+    return repr(each()) if callable(each) else ""
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -119,6 +125,13 @@ def test_a_nan_on_one_rank_leaves_all_shards_alone(found: Results, name: str) ->
         assert all(same_bits(one, other) for one, other in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize(("place", "make"), list(enumerate(CLIP_RULES.makes())), ids=_name)
+def test_exported_rules_clip_shards_as_they_clip_whole_tensors(found: Results, place: int, make: Make[Any]) -> None:
+    expected = [tuple(map(list, each)) for each in run(make(), ORDINARY)]
+    for result in found:
+        torch.testing.assert_close(result["exported"][place], expected, rtol=1e-5, atol=1e-7)
+
+
 def test_changes_never_go_unnoticed(found: Results) -> None:
     for result in found:
         assert result["changes"] == dict.fromkeys(result["changes"], True)
@@ -154,5 +167,5 @@ def test_sharded_buffers_are_backed_up_and_restored(found: Results, restore: str
 
 def test_each_rank_judges_its_own_shard_of_a_buffer(found: Results) -> None:
     for result in found:
-        *_, spoiled, _ = result["buffers"]["restore"]
-        assert {name for name, flag in spoiled.items() if flag} == {"statistics"}  # not the mask
+        *_, nonfinite, _ = result["buffers"]["restore"]
+        assert {name for name, flag in nonfinite.items() if flag} == {"statistics"}  # not the mask

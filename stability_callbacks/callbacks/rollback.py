@@ -216,7 +216,7 @@ class Rollback(StabilityCallback):
         if evidence is not None:
             norm = evidence.gradients.total
             accepted = torch.ones_like(norm, dtype=torch.bool) if step.skip is None else ~step.skip
-            self._rises[step.index].learn(evidence, accepted)
+            self._rises[step.index].update(evidence, accepted)
 
     def on_step_record(self, record: StepRecord) -> None:
         rising = SustainedRise.kind in record.watches

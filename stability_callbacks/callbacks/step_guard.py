@@ -173,14 +173,14 @@ class StepGuard(StabilityCallback):
         assert step.gradients is not None
         norms = step.gradients.norms()
         buffers = self.training.buffers
-        spoiled_names, spoiled = buffers.spoiled() if buffers is not None else ((), None)
-        evidence = StepEvidence(step.loss, norms, spoiled, self._input_magnitude)
+        buffer_names, nonfinite = buffers.nonfinite() if buffers is not None else ((), None)
+        evidence = StepEvidence(step.loss, norms, nonfinite, self._input_magnitude)
         votes = [(each.kind, _vote_of(each, evidence)) for each in self._detectors_of_optimizer[step.index]]
         flags = [
             ~torch.isfinite(norms.per_tensor),
-            *([] if spoiled is None else [spoiled.to(norms.total.device)]),
+            *([] if nonfinite is None else [nonfinite.to(norms.total.device)]),
         ]
-        names = (*norms.names, *spoiled_names)
+        names = (*norms.names, *buffer_names)
         self._suspects = _Suspects(names, len(norms.names), torch.cat(flags), self._input_magnitude)
         self._evidence = evidence
         return votes
@@ -190,7 +190,7 @@ class StepGuard(StabilityCallback):
             return
         accepted = ~step.skip
         for detector in self._detectors_of_optimizer[step.index]:
-            detector.learn(self._evidence, accepted)
+            detector.update(self._evidence, accepted)
         if step.skipped:
             self._found[step.label] = self._suspects
         elif step.skipped is None:

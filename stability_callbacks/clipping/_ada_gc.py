@@ -14,7 +14,6 @@ from stability_callbacks.clipping._rule import ClipResult, ClipRule
 from stability_callbacks.gradient_pass import (
     GradientNorms,
     Parameters,
-    combine_norms,
     named_gradients,
     scale_each_gradient_,
 )
@@ -80,6 +79,7 @@ class AdaGC(ClipRule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._names = list(state_dict["names"])
+        self._cached = None
         self._state.load_state_dict({name: value for name, value in state_dict.items() if name != "names"})
 
     @torch.no_grad()
@@ -99,16 +99,16 @@ class AdaGC(ClipRule):
         alone = (self.ratio * mine / torch.where(valid, seen, 1.0)).clamp(max=1.0)
         factor = torch.where(valid, torch.where(warm, alone, together), 1.0)
         clipped = torch.where(valid, seen * factor, seen)
-        learnt = torch.where(
+        updated = torch.where(
             warm,
             self.beta * mine + (1 - self.beta) * clipped,
             torch.where(known > 0, torch.minimum(mine, clipped), clipped),
         )
-        average.index_copy_(0, rows, torch.where(valid, learnt, mine))
+        average.index_copy_(0, rows, torch.where(valid, updated, mine))
         count.index_copy_(0, rows, known + valid)
 
         scale_each_gradient_(pairs, factor.to(norms.per_tensor.dtype))
-        return ClipResult.between(norms.total, combine_norms(clipped).to(norms.total.dtype))
+        return ClipResult.from_parts(norms.total, clipped, factor)
 
     def _rows(self, norms: GradientNorms) -> Tensor:
         """Where the statistics of the given tensors stand; new names get rows at the end."""

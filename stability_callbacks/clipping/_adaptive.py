@@ -17,7 +17,7 @@ __all__ = ["AdaptiveNormClip"]
 
 
 class AdaptiveNormClip(ClipRule):
-    """A rule that clips the total norm to a threshold learnt from the norms seen so far.
+    """A rule that clips the total norm to a threshold learned from the norms seen so far.
 
     A norm that is zero or not finite neither changes gradients nor enters the statistics.
     """
@@ -44,11 +44,11 @@ class AdaptiveNormClip(ClipRule):
         norms = self.measure(pairs, norms)
         norm = norms.total
         valid = torch.isfinite(norm) & (norm > 0)
-        self._threshold = self._learn(norm, valid).to(norm.dtype)
+        self._threshold = self._update(norm, valid).to(norm.dtype)
         coefficient = norm_clip_coefficient(norm, self._threshold)
         scale_gradients_(pairs, coefficient)
         return ClipResult(norm, norm * coefficient, coefficient)
 
     @abstractmethod
-    def _learn(self, norm: Tensor, valid: Tensor) -> Tensor:
+    def _update(self, norm: Tensor, valid: Tensor) -> Tensor:
         """Update the statistics with a norm where it is valid, and return the threshold for this very step."""

@@ -14,7 +14,6 @@ from stability_callbacks.gradient_pass import (
     GradientNorms,
     NamedParameters,
     Parameters,
-    combine_norms,
     local_values,
     measure_gradients,
     named_parameters,
@@ -58,7 +57,7 @@ def unit_norms(tensor: Tensor) -> Tensor:
 class AGC(ClipRule):
     r"""Clip each unit's gradient where it is large compared with the unit's weight.
 
-    The clipping that made networks without normalisation layers trainable at large batch sizes. Exclude the classifier,
+    The clipping that made networks without normalization layers trainable at large batch sizes. Exclude the classifier,
     as the paper does: by name, or with ``exclude_last_layer``.
 
     .. math:: g_u \leftarrow g_u \cdot \min\Big(1,
@@ -69,7 +68,7 @@ class AGC(ClipRule):
 
     Args:
         clip: Largest ratio of gradient to weight norm, > 0. Default 0.01.
-        eps: Weight norms count for at least this, so that zero-initialised weights can train, > 0. Default 1e-3.
+        eps: Weight norms count for at least this, so that zero-initialized weights can train, > 0. Default 1e-3.
         exclude: Regular expressions, searched in the full parameter name: parameters to leave alone. They need named
             parameters. Default: none.
         exclude_last_layer: Whether to leave the last layer alone too: the one that owns the last weight of two or more
@@ -129,25 +128,30 @@ class AGC(ClipRule):
         pairs = NamedParameters(pair for pair in every if pair[1].grad is not None)
         norms = self.measure(pairs, norms)
         finite = torch.isfinite(norms.total)
-        included = [index for index, (name, _) in enumerate(pairs) if not self._excludes(name)]
+        excluded = {index for index, (name, _) in enumerate(pairs) if self._excludes(name)}
         clipped = list(norms.per_tensor.unbind())
+        applied = [norms.per_tensor[:0]]
         # A vector is one unit, so its gradient's norm is known and the weights' norms are measured together.
-        vectors = [index for index in included if pairs[index][1].dim() <= 1]
+        vectors = [index for index, (_, each) in enumerate(pairs) if index not in excluded and each.dim() <= 1]
         if vectors:
             known = torch.stack([clipped[index] for index in vectors])
             weights = tensor_norms([pairs[index][1].detach() for index in vectors]).to(known)
             factors = self._factor(known, weights, finite)
             scale_each_gradient_([pairs[index] for index in vectors], factors)
+            applied.append(factors)
             for index, norm in zip(vectors, (known * factors).unbind(), strict=True):
                 clipped[index] = norm
-        for index in included:
-            if pairs[index][1].dim() > 1:
-                clipped[index] = self._clip_units(pairs[index][1], finite).to(norms.per_tensor)
+        for index, (_, parameter) in enumerate(pairs):
+            if index not in excluded and parameter.dim() > 1:
+                norm, factors = self._clip_units(parameter, finite)
+                clipped[index] = norm.to(norms.per_tensor)
+                applied.append(factors.to(norms.per_tensor))
         if any(isinstance(parameter, DTensor) for _, parameter in pairs):
-            total = measure_gradients(pairs).total  # other ranks have clipped units of the same tensors
-        else:
-            total = combine_norms(torch.stack(clipped)) if clipped else norms.total
-        return ClipResult.between(norms.total, total)
+            # Other ranks have clipped units of the same tensors.
+            return ClipResult.between(norms.total, measure_gradients(pairs).total)
+        if not clipped:
+            return ClipResult.between(norms.total, norms.total)
+        return ClipResult.from_parts(norms.total, torch.stack(clipped), torch.cat(applied))
 
     def _excludes(self, name: str) -> bool:
         return any(pattern.search(name) for pattern in self._patterns) or (
@@ -158,8 +162,8 @@ class AGC(ClipRule):
         factor = (self.clip * weight.clamp(min=self.eps) / gradient.clamp(min=_LEAST_GRADIENT)).clamp(max=1.0)
         return torch.where(finite.to(factor.device), factor, 1.0)
 
-    def _clip_units(self, parameter: Tensor, finite: Tensor) -> Tensor:
-        """Clip the gradient of a weight with several units, and return its norm then."""
+    def _clip_units(self, parameter: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip the gradient of a weight with several units; returns its norm then, and the units' factors."""
         gradient, weight = parameter.grad, local_values(parameter.detach())
         assert gradient is not None
         if isinstance(gradient, DTensor) and any(p.is_shard() and not p.is_shard(0) for p in gradient.placements):
@@ -174,10 +178,10 @@ class AGC(ClipRule):
         factor = self._factor(norms, unit_norms(weight), finite)
         writable_values(gradient).mul_(factor.unsqueeze(-1) if gradient.is_complex() else factor)
         clipped: Tensor = torch.linalg.vector_norm(norms * factor)
-        return clipped
+        return clipped, factor.flatten()
 
 
 def _owner(name: str) -> str:
-    """The module that owns a parameter, also where it is parametrised: then its parts lie in modules below."""
-    module, parametrised, _ = name.partition(".parametrizations.")
-    return module if parametrised else name.rpartition(".")[0]
+    """The module that owns a parameter, also where it is parametrized: then its parts lie in modules below."""
+    module, parametrized, _ = name.partition(".parametrizations.")
+    return module if parametrized else name.rpartition(".")[0]

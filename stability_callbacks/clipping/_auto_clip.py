@@ -15,7 +15,7 @@ class AutoClip(AdaptiveNormClip):
     r"""Clip the total norm to a percentile of the norms of recent steps: no threshold to tune.
 
     Use it where a good ``max_norm`` is unknown or drifts. With the default, nine steps in ten are clipped: it works as
-    a normalisation of the gradient, so the learning rate may need to rise.
+    a normalization of the gradient, so the learning rate may need to rise.
 
     .. math:: g \leftarrow g \cdot \min\Big(1, \frac{P_p(\lVert g_1 \rVert, \dots, \lVert g_t \rVert)}
                                                    {\lVert g_t \rVert + 10^{-6}}\Big)
@@ -55,7 +55,7 @@ class AutoClip(AdaptiveNormClip):
     def __repr__(self) -> str:
         return f"AutoClip(percentile={self.percentile:g}, window={self.window})"
 
-    def _learn(self, norm: Tensor, valid: Tensor) -> Tensor:
+    def _update(self, norm: Tensor, valid: Tensor) -> Tensor:
         [position] = self._state.on(norm.device, position=0)
         if "history" not in self._state:
             self._state["history"] = position.new_full((self.window,), float("nan"))

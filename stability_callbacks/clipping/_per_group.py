@@ -51,7 +51,10 @@ class PerGroup(ClipRule):
     def __init__(self, rules: Mapping[str, ClipRule | None]) -> None:
         allowed = 'a mapping of name patterns to clip rules (or None), such as {".*": NormClip(1.0)}'
         self.rules = check_patterns("rules", rules, ClipRule, "a clip rule", allowed)  # type: ignore[type-abstract]
-        self.linear = all(rule is None or rule.linear for rule in self.rules.values())  # type: ignore[misc]
+        # The norms of a rule of another type are measured here, of the gradients as they are.
+        self.linear = all(  # type: ignore[misc]
+            rule is None or (rule.linear and rule.norm_type == self.norm_type) for rule in self.rules.values()
+        )
         self._group_of: dict[str, str] = {}
 
     def __repr__(self) -> str:
@@ -104,6 +107,7 @@ class PerGroup(ClipRule):
             members.setdefault(self._group_of[name], []).append(index)
         each = masked.unbind()
         totals: list[Tensor] = []
+        coefficients: list[Tensor] = []
         for pattern, indices in members.items():
             own = torch.stack([each[index] for index in indices])
             rule = self.rules[pattern]
@@ -116,9 +120,11 @@ class PerGroup(ClipRule):
                     known = known._replace(total=torch.where(torch.isfinite(total), known.total, float("nan")))
                 result = rule.clip_(group, known)
                 total = total * result.coefficient
+                coefficients.append(result.coefficient)
             totals.append(total)
         for pattern, rule in self.rules.items():
             if rule is not None and rule.schedules and pattern not in members:
                 rule.clip_(())  # a step without gradients for it is a step of its schedule too
-        clipped = combine_norms(torch.stack(totals), norms.norm_type) if totals else norms.total
-        return ClipResult.between(norms.total, clipped)
+        if not coefficients:
+            return ClipResult.between(norms.total, norms.total)
+        return ClipResult.from_parts(norms.total, torch.stack(totals), torch.stack(coefficients), norms.norm_type)

@@ -76,7 +76,7 @@ class ZClip(AdaptiveNormClip):
             f"max_norm={self.max_norm}, mode={self.mode!r})"
         )
 
-    def _learn(self, norm: Tensor, valid: Tensor) -> Tensor:
+    def _update(self, norm: Tensor, valid: Tensor) -> Tensor:
         # During the warm-up these are running moments (Welford's), which end as mean and population variance.
         count, mean, variance = self._state.on(norm.device, count=0, mean=0, variance=0)
         x = torch.where(valid, norm, mean).to(mean.dtype)

@@ -19,7 +19,7 @@ __all__ = ["InputRange", "input_magnitude"]
 class InputRange(Detector):
     r"""Votes against a step whose inputs hold NaN or infinity, or a value of too large a magnitude.
 
-    Reach for it where a normalisation layer stands near the input: it hides a batch that was scaled by mistake from the
+    Use it where a normalization layer stands near the input: it hides a batch that was scaled by mistake from the
     loss and from the gradients, while its running statistics take that batch in. No other detector sees it.
 
     .. math:: \max_i |x_i| > \text{max\_abs}
@@ -28,7 +28,7 @@ class InputRange(Detector):
     batch, so they are looked at too.
 
     Args:
-        max_abs: Largest magnitude allowed, > 0; several times that of ordinary inputs, so about 50 for standardised
+        max_abs: Largest magnitude allowed, > 0; several times that of ordinary inputs, so about 50 for standardized
             ones. Default None: any finite value will do.
 
     Raises:

@@ -15,7 +15,7 @@ __all__ = ["NonFinite"]
 class NonFinite(Detector):
     """Votes against a step whose loss, gradients or floating-point buffers hold NaN or infinity.
 
-    Weights never recover from one non-finite update, and neither do the running statistics of a normalisation layer
+    Weights never recover from one non-finite update, and neither do the running statistics of a normalization layer
     from one non-finite batch, so this detector belongs into every run. The gradients are judged by their norm, which
     is measured anyway. A buffer that was non-finite before the step (an attention mask of minus infinities) is no
     evidence against it.
@@ -35,6 +35,6 @@ class NonFinite(Detector):
         bad = ~evidence.gradients.finite
         if evidence.loss is not None:
             bad = bad | ~torch.isfinite(evidence.loss).all().to(bad.device)
-        if evidence.spoiled_buffers is not None:
-            bad = bad | evidence.spoiled_buffers.any().to(bad.device)
+        if evidence.nonfinite_buffers is not None:
+            bad = bad | evidence.nonfinite_buffers.any().to(bad.device)
         return bad

@@ -23,7 +23,7 @@ _FLOORS = {"loss": 0.02, "grad_norm": 0.2}
 class Spike(Detector):
     r"""Votes against a step whose loss or gradient norm stands out upwards from those of the last accepted steps.
 
-    Reach for it where a rare bad batch throws a long run back, as in language-model pretraining. It is not for a run
+    Use it where a rare bad batch throws a long run back, as in language-model pretraining. It is not for a run
     whose losses lie near zero at a small batch size: they span decades there, and so does its threshold.
 
     Each series has a robust z-score, and one above the threshold is enough:
@@ -43,14 +43,14 @@ class Spike(Detector):
       ordinary bumps of small Transformers did.
     - In 40 sound runs of small networks (70,400 steps; MLP, CNN, LSTM, Transformer; SGD and Adam; batch size 16 up to
       the whole data set; rates constant, dropped, cosine, restarted) the loss fired 9 times and the norm 9 times: 15
-      of these in bursts of a likelihood with a learnt variance, 3 in gradient descent over the whole data set. The
+      of these in bursts of a likelihood with a learned variance, 3 in gradient descent over the whole data set. The
       plain z-score of the loss would have fired 850 times.
 
     A skipped step never enters the window, nor does a NaN, an infinity, a norm of zero, or a step without gradients,
-    and none of them counts as a spike: they are the business of
-    :class:`~stability_callbacks.detection.NonFinite`. So a lasting jump upwards, as of a new data set, is skipped until
-    the guard stops the run; slow drifts, and falls of any size, are followed. A series is silent until it has
-    ``min_history`` values, in a step where it was not seen, and while half its window or more is zero.
+    and none of them counts as a spike: that is for
+    :class:`~stability_callbacks.detection.NonFinite` to judge. So a lasting jump upwards, as of a new data set, is
+    skipped until the guard stops the run; slow drifts, and falls of any size, are followed. A series is silent until it
+    has ``min_history`` values, in a step where it was not seen, and while half its window or more is zero.
 
     Args:
         window: Number of accepted steps remembered, >= 2. Default 128.
@@ -68,7 +68,7 @@ class Spike(Detector):
         >>> weight.grad = torch.ones(1)
         >>> spike = Spike(window=8, min_history=4, on="loss")
         >>> for loss in (2.0, 2.1, 1.9, 2.0):
-        ...     spike.learn(StepEvidence(torch.tensor(loss), measure_gradients([weight])), accepted)
+        ...     spike.update(StepEvidence(torch.tensor(loss), measure_gradients([weight])), accepted)
         >>> spike(StepEvidence(torch.tensor(4.0), measure_gradients([weight])))
         tensor(True)
 
@@ -93,7 +93,7 @@ class Spike(Detector):
 
     @torch.no_grad()
     def z_scores(self, evidence: StepEvidence) -> Tensor:
-        """How far a step stands out, in robust standard deviations; what the detector has learnt stays as it is.
+        """How far a step stands out, in robust standard deviations; what the detector has learned stays as it is.
 
         Args:
             evidence: What is known of the step.
@@ -120,7 +120,7 @@ class Spike(Detector):
         return torch.where(known, (value - median) / scale, float("nan")).squeeze(1)
 
     @torch.no_grad()
-    def learn(self, evidence: StepEvidence, accepted: Tensor) -> None:
+    def update(self, evidence: StepEvidence, accepted: Tensor) -> None:
         if not evidence.gradients.names:
             return
         history, count = self._memory(evidence.gradients.total.device)

@@ -19,7 +19,8 @@ class SustainedRise(Detector):
 
     One spike is a bad batch; several in a row are a model that has left its basin, which no skipped step brings back.
     Each step is judged as :class:`~stability_callbacks.detection.Spike` judges the loss; losses that stand out do not
-    enter its window, so the threshold does not rise with them. A non-finite loss neither adds to the row nor ends it.
+    enter its window, so the threshold does not rise with them. A non-finite loss neither adds to the row nor ends it,
+    nor does a step without gradients.
 
     Args:
         patience: Length of the row, >= 1. Default 5.
@@ -39,7 +40,7 @@ class SustainedRise(Detector):
         >>> for loss in (1.0, 1.1, 0.9, 1.0, 5.0, 5.0):
         ...     evidence = StepEvidence(torch.tensor(loss), measure_gradients([weight]))
         ...     fires = rise(evidence)
-        ...     rise.learn(evidence, applied)
+        ...     rise.update(evidence, applied)
         >>> fires
         tensor(True)
     """
@@ -76,11 +77,13 @@ class SustainedRise(Detector):
         return self._stands_out
 
     @torch.no_grad()
-    def learn(self, evidence: StepEvidence, accepted: Tensor) -> None:
+    def update(self, evidence: StepEvidence, accepted: Tensor) -> None:
         stands_out = self._spike(evidence) if self._stands_out is None else self._stands_out
         self._stands_out = None
+        if not evidence.gradients.names:
+            return
         self._row = self._next_row(evidence, stands_out)
-        self._spike.learn(evidence, accepted & ~stands_out)
+        self._spike.update(evidence, accepted & ~stands_out)
 
     def state_dict(self) -> dict[str, Any]:
         return {"spike": self._spike.state_dict(), "row": None if self._row is None else self._row.clone()}

@@ -336,7 +336,7 @@ class StepLifecycle:
             return
         if window.buffers is None:
             return
-        names, flags = window.buffers.spoiled()
+        names, flags = window.buffers.nonfinite()
         if not names:
             return
         if training.processes.several:

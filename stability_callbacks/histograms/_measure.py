@@ -27,7 +27,7 @@ def measure_histograms(
 ) -> Histograms:
     r"""Count the elements of many tensors into buckets, on their device and without waiting for it.
 
-    Reach for it where histograms of gradients or weights are logged during training: ``SummaryWriter.add_histogram``
+    Use it where histograms of gradients or weights are logged during training: ``SummaryWriter.add_histogram``
     moves every element to the host and sorts it into buckets there. Nothing here reads a value on the host; the
     numbers travel when ``Histograms.to_host`` or ``Histograms.raw`` is called, in one transfer.
 

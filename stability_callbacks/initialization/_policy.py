@@ -33,7 +33,15 @@ Plan = Mapping[str, Fill | LeaveAlone]
 class Policy(ABC):
     """An initialisation policy: what to write into which parameter of a model.
 
-    Derive from it and write :meth:`rule` to make one of your own. All policies share these manners:
+    Derive from it and write :meth:`rule` to make one of your own. What a policy owes:
+
+    - :meth:`rule` decides by the parameter alone, remembers nothing and draws no random numbers: those come from the
+      fill that it returns, so that a seed gives the same weights, also by a copy or a pickle.
+    - Its ``repr`` shows its settings: that of this class shows the attributes whose names begin without an underscore.
+    - One that overrides :meth:`apply` to look at outputs sets :attr:`needs_batch`, raises a ``ValueError`` without a
+      batch and for a sharded model, and changes nothing but parameters.
+
+    What all policies get from this class:
 
     - Parameters keep their identity: values are copied in place, so optimizers and hooks go on to hold them.
     - A tied parameter is initialised once, by the first of its names for which the policy has a rule. A frozen one
@@ -48,13 +56,20 @@ class Policy(ABC):
     - A padding row of an embedding stays zero.
 
     Example:
-        >>> from stability_callbacks.initialization import constant
+        A policy of your own, that writes biases only:
+
+        >>> from stability_callbacks.initialization import Policy, Role, constant
         >>> class SmallBiases(Policy):
+        ...     def __init__(self, value=0.01):
+        ...         self.value = value
+        ...
         ...     def rule(self, slot, wiring):
-        ...         return constant(0.01) if slot.role is Role.BIAS else None
-        >>> model = nn.Linear(2, 3)
-        >>> print(SmallBiases().apply(model)["bias"].what)
+        ...         return constant(self.value) if slot.role is Role.BIAS else None
+        >>> report = SmallBiases().apply(nn.Linear(2, 3))
+        >>> print(report["bias"].what)
         0.01
+        >>> print(report["weight"].what)
+        left alone: kernel kept, SmallBiases has no rule for it
     """
 
     needs_batch: ClassVar[bool] = False

@@ -8,7 +8,7 @@ from stability_callbacks.schedules._warmup import WarmupSchedule
 class WarmupConstant(WarmupSchedule):
     r"""Linear warm-up, then constant at the peak.
 
-    Reach for it when another scheduler (``ReduceLROnPlateau``, say) does the decay, or when the length of training
+    Use it when another scheduler (``ReduceLROnPlateau``, say) does the decay, or when the length of training
     is open. With step :math:`t` and warm-up :math:`w`:
 
     .. math::

@@ -11,7 +11,7 @@ from stability_callbacks.schedules._warmup import WarmupSchedule
 class WarmupInverseSqrt(WarmupSchedule):
     r"""Linear warm-up, then decay with one over the square root of the step.
 
-    Reach for it when the length of training is open: it never ends, so training can go on from any point. With step
+    Use it when the length of training is open: it never ends, so training can go on from any point. With step
     :math:`t`, warm-up :math:`w` and time scale :math:`\tau`:
 
     .. math::

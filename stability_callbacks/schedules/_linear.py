@@ -8,7 +8,7 @@ from stability_callbacks.schedules._warmup import WarmupDecay
 class WarmupLinear(WarmupDecay):
     r"""Linear warm-up, then linear decay to ``end`` at the total.
 
-    Reach for it when fine-tuning, and wherever the length of training is fixed: decaying linearly to zero is hard to
+    Use it when fine-tuning, and wherever the length of training is fixed: decaying linearly to zero is hard to
     beat. With step :math:`t`, warm-up :math:`w` and total :math:`T`:
 
     .. math::

@@ -9,7 +9,7 @@ from stability_callbacks.schedules._schedule import Schedule
 class Scaled(Schedule):
     r"""Another schedule times a constant.
 
-    Reach for it where a schedule's values are not multiples of something: a clip threshold, say. Or to give one group
+    Use it where a schedule's values are not multiples of something: a clip threshold, say. Or to give one group
     of parameters a smaller learning rate than the others. With a factor :math:`c` and the other schedule :math:`m`:
 
     .. math:: m'(t) = c \, m(t)

@@ -17,16 +17,35 @@ _PLOTTED_STEPS = 2000
 class Schedule(ABC):
     """A multiplier as a pure function of the step: 1 is the peak.
 
-    Derive from it to write a schedule of your own. A schedule remembers nothing, so it needs no ``state_dict``,
-    resumes at any step, and one object may serve several optimizers. Everything but ``__call__`` has a default that
-    suits a schedule without a warm-up and without an end.
+    Derive from it and write :meth:`__call__` to make a schedule of your own. Everything else has a default that suits a
+    schedule without a warm-up and without an end. What a schedule owes:
+
+    - It is a pure function: the same number for the same step and total, in whatever order they are asked for. It
+      remembers nothing, so it needs no ``state_dict``, resumes at any step, and may serve several optimizers.
+    - It gives a finite ``float`` >= 0 for every step from 0 on, also beyond the total.
+    - Its highest value stands at step :meth:`warmup_steps`; up to there it never falls, and from there it falls or
+      stays, restarts apart.
+    - It raises a ``ValueError`` in a call without a total, None or infinite, where it :attr:`needs_total`, and works
+      where it does not. A total given at construction is kept in :attr:`total_steps` and overrides the call's.
+    - Pickles and copies give the same numbers, and its ``repr`` shows its settings: that of this class shows the
+      attributes whose names begin without an underscore.
 
     Example:
+        A schedule of your own, that falls in steps:
+
+        >>> from stability_callbacks.schedules import Schedule
         >>> class Staircase(Schedule):
+        ...     def __init__(self, every=1000, factor=0.5):
+        ...         self.every = every
+        ...         self.factor = factor
+        ...
         ...     def __call__(self, step, total_steps=None):
-        ...         return 0.1 ** (step // 1000)
-        >>> Staircase()(2500)
-        0.010000000000000002
+        ...         return self.factor ** (step // self.every)
+        >>> schedule = Staircase(every=10)
+        >>> [schedule(step) for step in (0, 9, 10, 25)]
+        [1.0, 1.0, 0.5, 0.25]
+        >>> schedule
+        Staircase(every=10, factor=0.5)
     """
 
     total_steps: int | None = None
@@ -34,7 +53,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, step: int, total_steps: int | None = None) -> float:
-        """Return the multiplier at ``step``.
+        """Return the multiplier at ``step``. Every schedule writes this.
 
         Args:
             step: Number of steps attempted before this one, from 0.
@@ -42,6 +61,9 @@ class Schedule(ABC):
 
         Returns:
             A number >= 0.
+
+        Raises:
+            ValueError: If the total is needed and not known.
         """
 
     @property

@@ -22,7 +22,7 @@ _SHAPES = {
 class WarmupStableDecay(WarmupDecay):
     r"""Linear warm-up, constant at the peak, then a decay over the last steps (WSD, trapezoid).
 
-    Reach for it when training may be prolonged, or when one long run should give models of several lengths: any
+    Use it when training may be prolonged, or when one long run should give models of several lengths: any
     checkpoint of the stable part can be decayed. With step :math:`t`, warm-up :math:`w`, decay :math:`d` and total
     :math:`T`:
 

@@ -16,7 +16,7 @@ from stability_callbacks.snapshots._memory import address_of, copy_in_groups, is
 
 __all__ = ["BufferBackup"]
 
-# Batch normalisation writes to its statistics without raising their version counter, and so do writes through `.data`,
+# Batch normalization writes to its statistics without raising their version counter, and so do writes through `.data`,
 # as codebooks and queues make them. So only where large masks and tables of integers are concerned is it relied on.
 _ALWAYS_COPIED = 65_536
 
@@ -26,7 +26,7 @@ _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 class BufferBackup:
     """Backs up all buffers of a module, integer ones too, and puts them back bit for bit.
 
-    One bad batch ruins the running statistics of a normalisation layer for good, although its update is skipped:
+    One bad batch ruins the running statistics of a normalization layer for good, although its update is skipped:
     forward has written to them. Take a backup before the forward pass and restore it when the step is skipped.
     Restoring also undoes the replacement of a buffer by another tensor. Buffers registered since the backup stay, and
     are in the next one; lazy buffers are, once they have a shape.
@@ -42,7 +42,7 @@ class BufferBackup:
         >>> backup = BufferBackup(norm)
         >>> backup.take()
         >>> _ = norm(torch.full((2, 1), float("nan")))
-        >>> backup.spoiled()  # the batch counter is an integer, so no candidate
+        >>> backup.nonfinite()  # the batch counter is an integer, so no candidate
         (('running_mean', 'running_var'), tensor([True, True]))
         >>> backup.restore()
         >>> norm.running_mean, norm.num_batches_tracked
@@ -86,15 +86,15 @@ class BufferBackup:
         for copy in outdated:
             copy.note_version()
 
-    def spoiled(self) -> tuple[tuple[str, ...], Tensor]:
+    def nonfinite(self) -> tuple[tuple[str, ...], Tensor]:
         """Which floating-point buffers hold a non-finite value now and did not at the backup.
 
-        A buffer that held one before, such as a mask of minus infinities, is not spoiled. Of a sharded buffer each
+        A buffer that held one before, such as a mask of minus infinities, does not count. Of a sharded buffer each
         process judges its own shard.
 
         Returns:
-            The names of the ``B`` candidates, and for each whether it is spoiled: boolean, shape ``[B]``, on the first
-            candidate's device.
+            The names of the ``B`` candidates, and for each whether it became non-finite: boolean, shape ``[B]``, on
+            the first candidate's device.
         """
         names, now, before = [], [], []
         for name, memory, copy in self._changes():

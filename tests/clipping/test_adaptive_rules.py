@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import math
-import pickle
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from benchmarks import stress
-from stability_callbacks.clipping import AdaGC, AutoClip, ClipRule, ZClip
+from stability_callbacks.clipping import AdaGC, AutoClip, ZClip
 from stability_callbacks.clipping._adaptive import AdaptiveNormClip
-from stability_callbacks.gradient_pass import measure_gradients
 from tests.clipping import references
 from tests.clipping.references import assert_close, feed, series
 
@@ -91,35 +84,6 @@ def test_z_clip_gives_the_published_example() -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
-def test_bad_norms_change_nothing_and_enter_no_statistic(name: str, bad: float) -> None:
-    rule = RULES[name]()
-    norms = [1.0, 2.0, 1.5, 1.2, 1.1, 0.9, 1.3]
-    feed(rule, norms)
-    before = copy.deepcopy(rule)
-    [left] = feed(rule, [bad])
-    assert left == bad or (math.isnan(left) and math.isnan(bad))
-    probe = [4.0, 1.0, 0.5, 9.0]
-    assert feed(rule, probe) == feed(before, probe)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_a_step_masked_by_nan_norms_teaches_nothing(name: str) -> None:
-    """That is how a step skipped on the device reaches a rule."""
-    rule = RULES[name]()
-    feed(rule, [1.0, 2.0, 1.5, 1.2, 1.1, 0.9])
-    before = copy.deepcopy(rule)
-    weight = nn.Parameter(torch.zeros(2))
-    weight.grad = torch.tensor([50.0, 0.0])
-    norms = measure_gradients([("weight", weight)])
-    nan = torch.tensor(float("nan"))
-    result = rule.clip_([("weight", weight)], norms._replace(total=nan, per_tensor=nan.reshape(1)))
-    assert weight.grad.tolist() == [50.0, 0.0]
-    assert float(result.coefficient) == 1.0
-    assert feed(rule, [4.0, 1.0]) == feed(before, [4.0, 1.0])
-
-
-@pytest.mark.parametrize("name", RULES)
 def test_an_all_zero_start_does_not_freeze_training(name: str) -> None:
     rule = RULES[name]()
     clipped = feed(rule, [0.0] * 50 + [1.0] * 50)
@@ -131,31 +95,6 @@ def test_constant_norms_do_not_lock_z_clip() -> None:
     clipped = feed(ZClip(max_norm=None), [1.0] * 30 + [2.0] * 200)
     assert clipped[30] < 1.1
     assert clipped[-1] == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_state_resumes_bit_for_bit(name: str) -> None:
-    norms = np.random.default_rng(0).lognormal(size=60).astype("float32").tolist()
-    whole = feed(RULES[name](), norms)
-    first = RULES[name]()
-    feed(first, norms[:23])
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    second = RULES[name]()
-    second.load_state_dict(torch.load(file, weights_only=True))
-    assert feed(second, norms[23:]) == whole[23:]
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_copies_are_independent(name: str) -> None:
-    rule = RULES[name]()
-    feed(rule, [1.0, 2.0])
-    for copied in (copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
-        state = {key: str(value) for key, value in rule.state_dict().items()}
-        feed(copied, [5.0])
-        assert {key: str(value) for key, value in rule.state_dict().items()} == state
-        assert repr(copied) == repr(rule)
 
 
 def test_ada_gc_keeps_the_statistics_of_tensors_that_have_no_gradient() -> None:
@@ -172,6 +111,21 @@ def test_ada_gc_keeps_the_statistics_of_tensors_that_have_no_gradient() -> None:
     assert one.grad.item() == pytest.approx(2.0)
 
 
+def test_a_state_with_other_names_first_is_told_apart_from_what_was_known() -> None:
+    def steps(rule: AdaGC, order: str) -> list[float]:
+        weights = [(name, nn.Parameter(torch.zeros(1))) for name in order]
+        for name, weight in weights:
+            weight.grad = torch.tensor([{"a": 2.0, "b": 200.0}[name]])
+        rule.clip_(weights)
+        return [float(weight.grad) for _, weight in weights]  # type: ignore[arg-type]
+
+    one, other = (AdaGC(ratio=1.0, warmup_steps=1, warmup_max_norm=1e3) for _ in range(2))
+    steps(one, "ab")
+    steps(other, "ba")
+    other.load_state_dict(one.state_dict())
+    assert steps(other, "ba") == [200.0, 2.0]
+
+
 @pytest.mark.parametrize("name", stress.RULES)
 def test_a_stress_run_leaves_little_trace(name: str) -> None:
     """Spikes of x100, a NaN, an infinity and zeros: ten ordinary steps later they are forgotten."""
@@ -186,7 +140,7 @@ def test_a_stress_run_tells_rules_that_suffer() -> None:
     """A rule whose threshold is the mean of all norms, without a bound on the spikes it learns from."""
 
     class Naive(AdaptiveNormClip):
-        def _learn(self, norm: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        def _update(self, norm: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
             total, count = self._state.on(norm.device, total=0, count=0)
             total.add_(torch.where(valid, norm, 0.0))
             count.add_(valid)
@@ -216,7 +170,3 @@ def test_a_stress_run_tells_rules_that_suffer() -> None:
 def test_bad_arguments_are_named(make: references.Rule, argument: str) -> None:
     with pytest.raises(ValueError, match=f"`{argument}`"):
         make()
-
-
-def test_every_rule_is_a_clip_rule() -> None:
-    assert all(isinstance(make(), ClipRule) for make in RULES.values())

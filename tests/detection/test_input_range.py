@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 from collections import OrderedDict, UserDict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -186,9 +184,7 @@ def test_is_a_plain_value() -> None:
     detector = InputRange(50)
     assert isinstance(detector, Detector)
     assert (detector.kind, detector.needs_inputs, detector.max_abs, detector.state_dict()) == ("input", True, 50.0, {})
-    for twin in (detector, copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
-        assert repr(twin) == "InputRange(max_abs=50.0)"
-    detector.learn(evidence(), torch.tensor(True))
+    assert repr(detector) == "InputRange(max_abs=50.0)"
     assert repr(InputRange()) == "InputRange(max_abs=None)"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from stability_callbacks.schedules import (
     WarmupLinear,
     WarmupStableDecay,
 )
+from tests.contracts import schedules as laws
 
 ALL = (WarmupCosine, WarmupLinear, WarmupStableDecay, WarmupInverseSqrt, WarmupConstant)
 DECAYING = (WarmupCosine, WarmupLinear, WarmupStableDecay)
@@ -223,19 +223,6 @@ class TestConvention:
         rises = differences(curve(schedule, total)[: warmup + 1 if warmup < total else warmup])
         assert rises == pytest.approx([(1 - schedule.start) / max(warmup, 1)] * len(rises), abs=1e-12)
 
-    @given(schedules())
-    def test_falls_after_warmup(self, case: tuple[Schedule, int]) -> None:
-        schedule, total = case
-        after = curve(schedule, total)[schedule.warmup_steps(total) :]
-        rises = [rise for rise in differences(after) if rise > 1e-12]
-        # Only a restart rises, and never more often than asked for.
-        assert len(rises) <= getattr(schedule, "cycles", 1) - 1
-
-    @given(schedules(DECAYING))
-    def test_end_is_reached_at_the_total_and_held(self, case: tuple[Schedule, int]) -> None:
-        schedule, total = case
-        assert [schedule(step, total) for step in (total, total + 1, 10 * total)] == [schedule.end] * 3
-
     @settings(max_examples=20)
     @given(total=st.integers(100, 300), warmup=st.floats(0.1, 0.5), end=multipliers)
     def test_no_jump_anywhere(self, total: int, warmup: float, end: float) -> None:
@@ -262,21 +249,28 @@ class TestConvention:
             assert [fixed(step, other) for step in range(total + 2)] == curve(schedule, total, beyond=2)
 
     @given(schedules())
-    def test_pure(self, case: tuple[Schedule, int]) -> None:
+    def test_keeps_the_contract(self, case: tuple[Schedule, int]) -> None:
+        """The laws of tests/contracts, which try the usual arguments, with any."""
         schedule, total = case
-        before = repr(schedule)
-        backwards = [schedule(step, total) for step in reversed(range(total + 5))]
-        assert backwards[::-1] == curve(schedule, total)
-        assert repr(schedule) == before
+        for law in (
+            laws.gives_numbers_that_multiply,
+            laws.depends_on_the_step_alone,
+            laws.peaks_where_its_warmup_ends,
+            laws.starts_and_ends_where_it_says,
+            laws.falls_after_its_warmup,
+            laws.says_whether_it_needs_a_total,
+            laws.survives_copies_and_pickles,
+            laws.has_a_stable_repr,
+        ):
+            law(lambda: copy.deepcopy(schedule), total)
 
     @given(schedules())
-    def test_copies_give_the_same_curve(self, case: tuple[Schedule, int]) -> None:
+    def test_the_representation_makes_it_again(self, case: tuple[Schedule, int]) -> None:
         schedule, total = case
         rebuilt = eval(repr(schedule))
-        for twin in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule)), rebuilt):
-            assert type(twin) is type(schedule)
-            assert vars(twin) == vars(schedule)
-            assert curve(twin, total) == curve(schedule, total)
+        assert type(rebuilt) is type(schedule)
+        assert vars(rebuilt) == vars(schedule)
+        assert curve(rebuilt, total) == curve(schedule, total)
 
 
 class TestWarmup:
@@ -494,9 +488,7 @@ class TestPlot:
     @given(schedules())
     def test_draws_the_curve(self, case: tuple[Schedule, int]) -> None:
         schedule, total = case
-        (line,) = schedule.plot(total).axes[0].lines
-        assert line.get_xdata().tolist() == list(range(total + 1))
-        assert line.get_ydata().tolist() == curve(schedule, total, beyond=1)
+        laws.can_be_drawn(lambda: schedule, total)
 
     def test_a_long_training_keeps_its_corners(self) -> None:
         schedule = WarmupLinear(warmup=12_347, total_steps=1_000_000)
@@ -515,14 +507,6 @@ class TestPlot:
             WarmupConstant(warmup=5).plot()
         with pytest.raises(ValueError, match=r"`total_steps` must be an integer >= 1, got 0"):
             WarmupConstant(warmup=5).plot(0)
-
-    def test_a_schedule_of_ones_own(self) -> None:
-        class Staircase(Schedule):
-            def __call__(self, step: int, total_steps: int | None = None) -> float:
-                return 0.5 ** (step // 10)
-
-        (line,) = Staircase().plot(25).axes[0].lines
-        assert line.get_ydata().tolist() == [1.0] * 10 + [0.5] * 10 + [0.25] * 6
 
     def test_matplotlib_is_imported_only_here_and_without_pyplot(self) -> None:
         code = (

@@ -191,7 +191,7 @@ def test_sparse_buffers_come_back(compressed: bool) -> None:
     backup.take()
     backup.restore_where(torch.tensor(True))  # untouched, so there is nothing to do
     buffer.mul_(NAN)
-    assert backup.spoiled()[1].tolist() == [True]
+    assert backup.nonfinite()[1].tolist() == [True]
     with pytest.raises(RuntimeError, match=r"buffer 'adjacency' .* is sparse and was written to"):
         backup.restore_where(torch.tensor(True))
     backup.restore()
@@ -398,7 +398,7 @@ def test_there_must_be_a_backup(restore: Restore) -> None:
     with pytest.raises(RuntimeError, match=r"no backup of the buffers: call `take\(\)` first"):
         restore(backup)
     with pytest.raises(RuntimeError, match="no backup"):
-        backup.spoiled()
+        backup.nonfinite()
     assert module.running.tolist() == [1.0, 1.0]
 
 
@@ -406,30 +406,30 @@ def test_a_module_without_buffers_is_fine(restore: Restore) -> None:
     backup = BufferBackup(nn.Linear(1, 1))
     backup.take()
     restore(backup)
-    names, flags = backup.spoiled()
+    names, flags = backup.nonfinite()
     assert names == ()
     assert flags.shape == (0,)
     assert flags.dtype == torch.bool
 
 
-# ---- which buffers are spoiled
+# ---- which buffers became non-finite
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64], ids=str
 )
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_one_bad_element_spoils_a_buffer(bad: float, dtype: torch.dtype) -> None:
+def test_one_bad_element_makes_a_buffer_nonfinite(bad: float, dtype: torch.dtype) -> None:
     model = nn.Sequential(
         holder(good=torch.ones(3, dtype=dtype), bad=torch.ones(3, dtype=dtype)),
         holder(count=torch.tensor(1), scalar=torch.tensor(1.0, dtype=dtype)),
     )
     backup = BufferBackup(model)
     backup.take()
-    assert not backup.spoiled()[1].any()
+    assert not backup.nonfinite()[1].any()
     model[0].bad[1] = bad
     model[1].scalar.fill_(bad)
-    names, flags = backup.spoiled()
+    names, flags = backup.nonfinite()
     assert dict(zip(names, flags.tolist(), strict=True)) == {
         "0.good": False,
         "0.bad": True,
@@ -437,34 +437,34 @@ def test_one_bad_element_spoils_a_buffer(bad: float, dtype: torch.dtype) -> None
     }
 
 
-def test_large_finite_values_do_not_spoil() -> None:
+def test_large_finite_values_are_finite() -> None:
     module = holder(statistics=torch.ones(3), scales=torch.ones(1000).half())
     backup = BufferBackup(module)
     backup.take()
     module.statistics.fill_(torch.finfo(torch.float32).max)
     module.scales.fill_(torch.finfo(torch.float16).max)
-    assert backup.spoiled()[1].tolist() == [False, False]
+    assert backup.nonfinite()[1].tolist() == [False, False]
 
 
 @pytest.mark.parametrize("lowest", [-INF, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("size", [4, 300])
-def test_constant_masks_are_not_spoiled(size: int, lowest: float) -> None:
+def test_constant_masks_do_not_count(size: int, lowest: float) -> None:
     module = holder(mask=torch.full((size, size), lowest).triu(1), statistics=torch.zeros(2))
     backup = BufferBackup(module)
     backup.take()
-    assert not backup.spoiled()[1].any()
+    assert not backup.nonfinite()[1].any()
     module.statistics.fill_(NAN)
-    names, flags = backup.spoiled()
+    names, flags = backup.nonfinite()
     assert [name for name, flag in zip(names, flags.tolist(), strict=True) if flag] == ["statistics"]
 
 
-def test_large_and_replaced_buffers_can_be_spoiled() -> None:
+def test_large_and_replaced_buffers_count() -> None:
     module = holder(table=torch.zeros(LARGE), untouched=torch.zeros(LARGE), running=torch.zeros(2))
     backup = BufferBackup(module)
     backup.take()
     module.table[5, 5] = NAN
     module.running = module.running + INF
-    names, flags = backup.spoiled()
+    names, flags = backup.nonfinite()
     assert dict(zip(names, flags.tolist(), strict=True)) == {"table": True, "untouched": False, "running": True}
 
 
@@ -476,7 +476,7 @@ def test_the_host_reads_nothing() -> None:
         backup.take()
         model[0](x)
         model[1].table.add_(1)
-        backup.spoiled()
+        backup.nonfinite()
         backup.restore_where(condition)
         backup.restore()
         backup.take()
