@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recipes._gradient_through_time import gradient_through_time
-from recipes._main import run_recipe
-from recipes._recurrent import PixelRNN, SineRNN
+from recipes.gradient_flow import gradient_through_time
+from recipes.models import PixelRNN, SineRNN
+from recipes.runner import run_recipe
 
 __all__ = ["PixelRNN", "SineRNN", "main"]
 

@@ -11,7 +11,6 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from recipes._command_line import from_command_line
 from recipes.gradient_flow._digits import IMAGES
 from recipes.gradient_flow._figures import draw_depths, draw_initializations
 from recipes.gradient_flow._network import ActivationName
@@ -21,6 +20,8 @@ from recipes.gradient_flow._summary import Summary, summarize
 from recipes.gradient_flow._tables import depth_sheets, initialization_sheet
 from recipes.gradient_flow._tensorboard import write_tensorboard
 from recipes.gradient_flow._verdict import RULE
+from recipes.runner import from_command_line
+from stability_callbacks._atomic import atomic_path
 from stability_callbacks.initialization import Policy
 
 __all__ = ["GradientFlow", "main"]
@@ -143,7 +144,8 @@ def report(observations: Sequence[Observation], output: Path, console: Console) 
     write_tensorboard(summaries, figures, output / "tensorboard")
     pictures = [f"![{figure.stem}]({figure.name})" for figure in figures]
     parts = ["# Gradient flow at initialisation", LEGEND, *(sheet.markdown() for sheet in sheets), *pictures]
-    (output / "summary.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with atomic_path(output / "summary.md") as part:
+        part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     for sheet in sheets:
         console.print()
         console.print(sheet.table())

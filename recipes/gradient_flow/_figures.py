@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 
 from recipes.gradient_flow._summary import Spread, Summary
 from recipes.gradient_flow._verdict import EXPLODING_LEVEL, EXPLODING_RATIO, VANISHING_LEVEL, VANISHING_RATIO
+from stability_callbacks._atomic import atomic_path
 
 __all__ = ["draw_depths", "draw_initializations"]
 
@@ -207,4 +208,5 @@ def _save(figure: Figure, styles: Mapping[str, _Style], path: Path) -> None:
     handles = [Line2D([], [], **style._asdict(), markersize=5, label=name) for name, style in styles.items()]
     handles += [_edge_mark(value, "gray", 7.0, label) for value, label in EDGES]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=110)
+    with atomic_path(path) as part:
+        figure.savefig(part, dpi=110)

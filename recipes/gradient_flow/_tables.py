@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from recipes._sheet import Cell, Sheet
 from recipes.gradient_flow._summary import Summary
 from recipes.gradient_flow._verdict import Verdict
+from recipes.results import Cell, Sheet
 
 __all__ = ["MARKS", "depth_sheets", "initialization_sheet"]
 

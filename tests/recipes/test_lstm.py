@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from recipes._poison import Poison
+from recipes.data._poison import Poison
 from recipes.lstm import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:The warm-up of 30 steps is longer than training")
