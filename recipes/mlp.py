@@ -1,9 +1,9 @@
 """A deep multilayer perceptron on handwritten digits: three ways in which it fails, each healed by the callbacks alone.
 
-Scenario ``vanishing``: 30 linear layers with ReLU and PyTorch's own initialisation, Adam at 0.001. That initialisation
+Scenario ``vanishing``: 30 linear layers with ReLU and PyTorch's own initialization, Adam at 0.001. That initialization
 gives weights a sixth of the variance that ReLU needs: signals lose more than half their size in every layer, and so do
 gradients on the way back. The last layers see the same for every image, the first ones get next to no gradient, and the
-network stays at chance. Kaiming's initialisation alone heals it.
+network stays at chance. Kaiming's initialization alone heals it.
 
 Scenario ``exploding``: 20 layers, weights from a normal distribution with a standard deviation of 0.3, SGD with
 momentum at 0.01. That is 1.7 times what ReLU needs for 64 units: signals and gradients grow in every layer, the first

@@ -34,7 +34,7 @@ class _Part(NamedTuple):
 
 
 class ImageData(L.LightningDataModule):
-    """Images as ``(1, height, width)``, standardised with the training mean and standard deviation, and their labels.
+    """Images as ``(1, height, width)``, standardized with the training mean and standard deviation, and their labels.
 
     Settings are chosen on the validation split; the test split is for the result.
 

@@ -113,7 +113,7 @@ class Text(L.LightningDataModule):
     def unigram_entropy(self, split: Split = "test") -> float:
         """The loss, in nats a character, of guessing by the frequencies of the training part whatever came before.
 
-        The line at which a model is stuck that has learnt how often each character occurs, and nothing else. Each
+        The line at which a model is stuck that has learned how often each character occurs, and nothing else. Each
         character counts once more than it occurs, so that one that is missing from the training part costs no infinity.
         """
         counts = torch.bincount(self._parts["train"], minlength=self.classes).double() + 1

@@ -29,9 +29,9 @@ class Network:
 
     Args:
         cell: The cell.
-        policy: Initialises it; None leaves PyTorch's default.
+        policy: Initializes it; None leaves PyTorch's default.
         recurrent_std: Careless normal weights from hidden to hidden.
-        line: Line style in the picture; the colour stands for the cell.
+        line: Line style in the picture; the color stands for the cell.
     """
 
     cell: CellName
@@ -93,7 +93,7 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 def measure(
     networks: Mapping[str, Network], seeds: Iterable[int], hidden_size: int = 64, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
-    """Follow the gradient of freshly initialised networks back from the last pixel of a digit to the first.
+    """Follow the gradient of freshly initialized networks back from the last pixel of a digit to the first.
 
     In double precision, since a gradient that has vanished is nothing at all in single precision.
 
@@ -133,7 +133,7 @@ def sheet(curves: Mapping[str, Tensor]) -> Sheet:
 
 
 def draw(curves: Mapping[str, Tensor], path: Path, networks: Mapping[str, Network] = NETWORKS) -> None:
-    """Save the curves as a PNG on a logarithmic axis, each labelled where it ends."""
+    """Save the curves as a PNG on a logarithmic axis, each labeled where it ends."""
     figure = Figure(figsize=(9.5, 5.6), layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="0.6", linewidth=0.8)

@@ -28,7 +28,7 @@ class ConvNet(ImageClassifier):
         channels: Channels of every block.
         block: Kind of the blocks: "basic" has a shortcut around its two convolutions, "plain" has none, "depthwise"
             and "dilated" have a shortcut and those convolutions, "invertible" can be run backwards.
-        norm: What follows each convolution: batch normalisation, or nothing.
+        norm: What follows each convolution: batch normalization, or nothing.
         weights: How convolutions start: "torch" is PyTorch's default, "he" is Kaiming normal, the one that is
             written in most published networks.
 

@@ -39,7 +39,7 @@ class DeepMLP(ImageClassifier):
         depth: Linear layers, the last one included.
         width: Units of each hidden layer.
         activation: What follows each hidden layer.
-        norm: What stands between a hidden layer and its activation: batch or layer normalisation, or none.
+        norm: What stands between a hidden layer and its activation: batch or layer normalization, or none.
         weight_norm: Whether each weight is g * v / ||v||, row by row, with g and v learned.
         init_std: Standard deviation of a normal distribution to draw all weights from, with biases of zero, as careless
             code does; null leaves PyTorch's default.

@@ -26,7 +26,7 @@ class CharTransformer(ShardableModule):
         layers: Blocks of attention and MLP.
         width: Numbers that stand for a character on its way through the blocks.
         heads: Attention heads of a block; they share the width evenly.
-        norm: Where LayerNorm stands: "post" normalises the sum of shortcut and branch, as in the first Transformers,
+        norm: Where LayerNorm stands: "post" normalizes the sum of shortcut and branch, as in the first Transformers,
             "pre" what goes into the branch, as in most of today's.
         dropout: Share of values dropped in attention and at the end of each branch.
     """

@@ -18,7 +18,7 @@ from stability_callbacks._atomic import atomic_path
 
 __all__ = ["draw_curves"]
 
-COLORS = {"plain": "#d55e00", "healed": "#0072b2"}  # told apart with every kind of colour vision
+COLORS = {"plain": "#d55e00", "healed": "#0072b2"}  # told apart with every kind of color vision
 PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}
 BEYOND = 1000  # times the largest value of a run that lives: more is told in words
 WIDEST = 3  # scenarios side by side

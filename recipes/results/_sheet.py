@@ -17,7 +17,7 @@ WORDS = ("verdict", "success")
 
 
 class Cell(NamedTuple):
-    """A number or a word, and its colour on the screen."""
+    """A number or a word, and its color on the screen."""
 
     text: str
     color: str = ""

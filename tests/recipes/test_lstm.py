@@ -50,7 +50,7 @@ def test_all_scenarios_and_the_picture(tmp_path: Path) -> None:
     assert (tmp_path / "gradient_through_time.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_the_initialisation_both_variants_start_alike(tmp_path: Path) -> None:
+def test_without_the_initialization_both_variants_start_alike(tmp_path: Path) -> None:
     options = ["--scenario=exploding", "--trainer.max_steps=3", "--healed.initialization=null"]
     main([*SMALL, f"--output={tmp_path}", *options])
     plain, healed = (history(tmp_path, f"exploding-{variant}") for variant in ("plain", "healed"))
@@ -92,3 +92,11 @@ def test_other_cells_are_an_option(tmp_path: Path, cell: str) -> None:
     settings = (tmp_path / "exploding-healed" / "seed-0" / "config.yaml").read_text()
     assert f"cell: {cell}" in settings
     assert all(map(math.isfinite, history(tmp_path, "exploding-healed")))
+
+
+def test_the_class_paths_of_older_runs_still_load(tmp_path: Path) -> None:
+    older = tmp_path / "config.yaml"
+    older.write_text("scenario: exploding\nmodel: {class_path: recipes._recurrent.PixelRNN, init_args: {cell: gru}}")
+    options = [*SMALL, "--trainer.max_steps=1", "--variant=plain", f"--output={tmp_path / 'runs'}"]
+    main([f"--config={older}", *options])
+    assert len(history(tmp_path / "runs", "exploding-plain")) == 1

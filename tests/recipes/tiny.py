@@ -24,7 +24,7 @@ LENGTH = 12  # characters that the small Transformer reads at once
 
 
 class TinyNet(ShardableModule):
-    """Two layers with batch normalisation and dropout: buffers, and random numbers in each step.
+    """Two layers with batch normalization and dropout: buffers, and random numbers in each step.
 
     Args:
         inputs: Shape of one sample.

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (MNIST5k, 14, (3500, 500, 1000), (1, 14, 14)),
     ],
 )
-def test_splits_are_fixed_stratified_apart_and_standardised(
+def test_splits_are_fixed_stratified_apart_and_standardized(
     kind: type[ImageData], side: int | None, sizes: tuple[int, ...], shape: tuple[int, ...]
 ) -> None:
     data, other_seed = loaded(kind(side=side, seed=0)), loaded(kind(side=side, seed=1))

@@ -20,9 +20,9 @@ def whole(data: SineWaves, part: str) -> Tensor:
 def test_waves_obey_the_equation_of_a_sine() -> None:
     # sin(a + d) + sin(a - d) = 2 cos(d) sin(a): each wave has one d for all its steps.
     waves = sine_waves(200, 50, torch.Generator().manual_seed(1)).double()
-    neighbours, middle = waves[:, 2:] + waves[:, :-2], waves[:, 1:-1]
-    slope = (neighbours * middle).sum(dim=1, keepdim=True) / middle.square().sum(dim=1, keepdim=True)
-    torch.testing.assert_close(neighbours, slope * middle, atol=1e-4, rtol=0)
+    neighbors, middle = waves[:, 2:] + waves[:, :-2], waves[:, 1:-1]
+    slope = (neighbors * middle).sum(dim=1, keepdim=True) / middle.square().sum(dim=1, keepdim=True)
+    torch.testing.assert_close(neighbors, slope * middle, atol=1e-4, rtol=0)
     frequencies = (slope / 2).acos() / (2 * torch.pi)
     assert 0.0199 < frequencies.min() < 0.025
     assert 0.095 < frequencies.max() < 0.1001
@@ -37,9 +37,9 @@ def test_targets_are_what_follows_the_inputs() -> None:
     waves, values = data.train.tensors
     assert (waves.shape, values.shape) == ((1024, 30, 1), (1024, 5))
     joined = whole(data, "train").double()
-    neighbours, middle = joined[:, 2:] + joined[:, :-2], joined[:, 1:-1]
-    slope = (neighbours[:, :20] * middle[:, :20]).sum(1, keepdim=True) / middle[:, :20].square().sum(1, keepdim=True)
-    torch.testing.assert_close(neighbours, slope * middle, atol=1e-3, rtol=0)
+    neighbors, middle = joined[:, 2:] + joined[:, :-2], joined[:, 1:-1]
+    slope = (neighbors[:, :20] * middle[:, :20]).sum(1, keepdim=True) / middle[:, :20].square().sum(1, keepdim=True)
+    torch.testing.assert_close(neighbors, slope * middle, atol=1e-3, rtol=0)
 
 
 def test_splits_are_fixed_and_share_no_wave() -> None:

@@ -1,4 +1,4 @@
-"""The study of gradients at initialisation: its measurements, its verdicts, and the command."""
+"""The study of gradients at initialization: its measurements, its verdicts, and the command."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_the_callbacks_find_every_residual_branch(kind: BlockKind, norm: NormKin
     torch.testing.assert_close(model.blocks(stem), stem)
 
 
-def test_the_plain_network_can_be_initialised_by_data() -> None:
+def test_the_plain_network_can_be_initialized_by_data() -> None:
     model = ConvNet(torch.Size([1, 14, 14]), 10, SGD, blocks=2, channels=4, block="plain", norm="none")
     LSUV().apply(model, torch.randn(32, 1, 14, 14))
     assert model(torch.randn(32, 1, 14, 14)).std().item() == pytest.approx(1, abs=0.5)

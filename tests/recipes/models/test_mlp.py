@@ -154,7 +154,7 @@ def test_every_network_trains_with_every_callback(
 
 @pytest.mark.parametrize("policy", [Kaiming(), LSUV(), Auto()], ids=["kaiming", "lsuv", "auto"])
 @pytest.mark.parametrize("weight_norm", [False, True])
-def test_initialisation_keeps_the_signal_through_thirty_layers(policy: Policy, weight_norm: bool) -> None:
+def test_initialization_keeps_the_signal_through_thirty_layers(policy: Policy, weight_norm: bool) -> None:
     images = torch.randn(256, *DIGIT)
     network = model(depth=30, width=64, weight_norm=weight_norm)
     assert network(images).std(dim=0).mean() < 1e-6

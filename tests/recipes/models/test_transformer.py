@@ -42,8 +42,8 @@ def reference_attention(layer: CausalSelfAttention, stream: Tensor) -> Tensor:
 
 
 def reference_norm(layer: nn.LayerNorm, stream: Tensor) -> Tensor:
-    centred = stream - stream.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
+    centered = stream - stream.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
 
 
 def shake(model: nn.Module) -> None:

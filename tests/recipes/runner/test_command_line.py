@@ -10,7 +10,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback, Timer
 
 from recipes.runner._callback_set import CallbackSet
-from recipes.runner._command_line import from_command_line, one_line, quiet, scenarios_from_command_line
+from recipes.runner._command_line import from_command_line, quiet, scenarios_from_command_line
 from tests.recipes.tiny import CONFIGS
 
 CONFIG = """
@@ -53,7 +53,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.strict:
-            raise ValueError("`strict` was asked for")
+            raise ValueError("`strict` was asked for") from KeyError("a reason of its own")
 
 
 @pytest.fixture
@@ -100,15 +100,16 @@ def test_each_run_gets_callbacks_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--bogus", "3"], "unrecognized arguments: --bogus 3"),
+        (["--bogus", "3"], "--bogus 3"),
         (["--size", "x"], "size"),
-        (["--size", "0"], "size: Not of type PositiveInt: 0"),
-        (["--callbacks.guard.max_consecutive_skips", "x"], "callbacks.guard.max_consecutive_skips: expected int"),
-        (["--callbacks.guard.nope", "1"], "callbacks.guard: Option 'nope' is not accepted"),
-        (["--callbacks.guard", "no.Such"], "callbacks.guard: No module named 'no'"),
-        (["--callbacks.clipping.rule.max_norm=-1"], "`max_norm` must be a number > 0, got -1"),
-        (["--config", "missing.yaml"], "File does not exist"),
-        (["--strict", "true"], "`strict` was asked for"),
+        (["--size", "0"], "size"),
+        (["--callbacks.guard.max_consecutive_skips", "x"], "max_consecutive_skips"),
+        (["--callbacks.guard.nope", "1"], "nope"),
+        (["--callbacks.guard", "no.Such"], "no.Such"),
+        (["--callbacks.guard", "torch.nn.ReLU"], "callbacks.guard"),
+        (["--callbacks.clipping.rule.max_norm=-1"], "error: `max_norm` must be a number > 0, got -1"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--strict", "true"], "error: `strict` was asked for (--help"),
     ],
 )
 def test_wrong_use_is_told_in_one_line(
@@ -203,20 +204,20 @@ def test_flags_need_no_value(tmp_path: Path, argv: list[str], ablate: bool) -> N
     ("argv", "words"),
     [
         (["--scenario=everything"], "scenario: expected clean, poisoned, all; got everything"),
-        (["--scenario"], "argument --scenario: expected one argument"),
-        (["--variant=ill"], "variant: expected Literal['plain', 'healed', 'both']"),
-        (["--seed=-1"], "seed: "),
-        (["--seeds=0"], "seeds: "),
-        (["--optimizer.lr=fast"], "optimizer.lr: expected float"),
+        (["--scenario"], "--scenario"),
+        (["--variant=ill"], "variant"),
+        (["--seed=-1"], "seed"),
+        (["--seeds=0"], "seeds"),
+        (["--optimizer.lr=fast"], "fast"),
         (["--optimizer.lr=-1"], "Invalid learning rate"),
-        (["--model.width=x"], "model.width: expected int"),
-        (["--model.depth=3"], "model: Option 'depth' is not accepted"),
-        (["--trainer.max_steps=many"], "trainer.max_steps: expected int"),
+        (["--model.width=x"], "width"),
+        (["--model.depth=3"], "depth"),
+        (["--trainer.max_steps=many"], "max_steps"),
         (["--trainer.accelerator=abacus"], "abacus"),
-        (["--poison.one_in=0"], "`one_in` must be an integer >= 1, got 0"),
-        (["--poison.kind=arsenic"], "poison.kind"),
+        (["--poison.one_in=0"], "error: `one_in` must be an integer >= 1, got 0 (--help"),
+        (["--poison.kind=arsenic"], "arsenic"),
         (["--goal.mode=most"], "goal.mode"),
-        (["--data=no.Such"], "data: "),
+        (["--data=no.Such"], "no.Such"),
         (["--output=/dev/null"], "/dev/null"),
     ],
 )
@@ -284,18 +285,35 @@ def test_small_overrides_change_the_trainer_and_keep_its_other_options(override:
         assert type(trainer.strategy).__name__ == {"ddp": "DDPStrategy", "fsdp2": "ModelParallelStrategy"}[name]
 
 
-def test_one_line_keeps_the_definite_reason_only() -> None:
-    message = """Parser key "a":
-      Does not validate against any of the Union subtypes
-      Subtypes: [<class 'x.Y'>, <class 'NoneType'>]
-      Errors:
-        - Problem with given class_path 'x.Y':
-            Parser key "b":
-              `b` must be positive
-        - Expected a <class 'NoneType'>
-      Given value type: <class 'str'>
-      Given value: Namespace(b=1)"""
-    assert one_line(message) == "a.b: `b` must be positive"
+def test_what_is_wrong_in_a_file_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for number, (content, words) in enumerate(
+        {
+            "model: {init_args: {width: wide}}": "wide",
+            "healed: {guard: {init_args: {max_consecutive_skips: many}}}": "max_consecutive_skips",
+            "mdel: 3": "mdel",
+            "model: [": "",
+        }.items()
+    ):
+        other = tmp_path / f"{number}.yaml"
+        other.write_text(content)
+        with pytest.raises(SystemExit) as stop:
+            scenarios_from_command_line(TINY, options(tmp_path, f"--config={other}"))
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("python -m recipes.tiny: error: ")
+        assert words in line
+        assert "Namespace" not in line
+
+
+def test_a_wrong_option_of_an_object_is_told_without_the_objects_around_it(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        from_command_line(Recipe, config, ["--callbacks.clipping.rule.norm_type=round"])
+    line = capsys.readouterr().err
+    assert "norm_type" in line
+    assert "GradientClipping" not in line
+    assert "NormClip" not in line
 
 
 def test_quiet_hides_tips_not_warnings_and_puts_everything_back(caplog: pytest.LogCaptureFixture) -> None:

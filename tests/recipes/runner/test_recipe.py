@@ -371,6 +371,33 @@ def test_what_others_put_into_the_folder_stays(tmp_path: Path) -> None:
     assert thesis.read_text() == (tmp_path / "ablation.json").read_text() == "mine"
 
 
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "clean-plain" / "seed-0"
+    folder.mkdir(parents=True)
+    half, in_work = folder / ".unfinished-0-run.json", folder / ".unfinished-1-run.json"
+    for path in (half, in_work):
+        path.write_text("{")
+    os.utime(half, (0, 0))
+    run(tmp_path, "--scenario=clean", "--variant=plain", QUIET, "--trainer.max_steps=2")
+    assert not half.exists()
+    assert in_work.exists()  # perhaps another process writes it at this moment
+
+
+def test_settings_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = Path.write_text
+
+    def write_text(path: Path, text: str, **options: Any) -> int:
+        if not path.name.endswith("config.yaml"):
+            return written(path, text, **options)
+        path.write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(OSError, match="the disk is full"):
+        run(tmp_path, "--scenario=clean", "--variant=plain", QUIET)
+    assert not list((tmp_path / "clean-plain" / "seed-0").iterdir())
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     stopped = run(tmp_path, "--scenario=clean", "--variant=plain", QUIET, pressed(3, times=2))
     assert stopped.code == 130
