@@ -92,11 +92,3 @@ def test_other_cells_are_an_option(tmp_path: Path, cell: str) -> None:
     settings = (tmp_path / "exploding-healed" / "seed-0" / "config.yaml").read_text()
     assert f"cell: {cell}" in settings
     assert all(map(math.isfinite, history(tmp_path, "exploding-healed")))
-
-
-def test_the_class_paths_of_older_runs_still_load(tmp_path: Path) -> None:
-    older = tmp_path / "config.yaml"
-    older.write_text("scenario: exploding\nmodel: {class_path: recipes._recurrent.PixelRNN, init_args: {cell: gru}}")
-    options = [*SMALL, "--trainer.max_steps=1", "--variant=plain", f"--output={tmp_path / 'runs'}"]
-    main([f"--config={older}", *options])
-    assert len(history(tmp_path / "runs", "exploding-plain")) == 1

@@ -271,6 +271,25 @@ def test_every_scenario_of_every_recipe_can_be_made_and_keeps_its_name(recipe: s
         assert one.callbacks["healed"].ablations()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "path"),
+    [
+        ("mlp", "recipes.mlp.DeepMLP"),
+        ("resnet", "recipes.resnet.ConvNet"),
+        ("lstm", "recipes._recurrent.PixelRNN"),
+        ("lstm", "recipes.lstm.PixelRNN"),
+        ("transformer", "recipes.transformer.CharTransformer"),
+    ],
+)
+def test_the_class_paths_of_older_configurations_still_load(recipe: str, path: str, tmp_path: Path) -> None:
+    older = tmp_path / "config.yaml"
+    older.write_text(f"scenario: poisoned\nmodel: {{class_path: {path}}}")
+    config = ROOT / "configs" / f"{recipe}.yaml"
+    (made,) = scenarios_from_command_line(config, options(tmp_path, f"--config={older}"))
+    (today,) = scenarios_from_command_line(config, options(tmp_path, "--scenario=poisoned"))
+    assert made.settings == today.settings
+
+
 @pytest.mark.parametrize("override", ["precision/bf16-mixed", "precision/64-true", "strategy/ddp", "strategy/fsdp2"])
 def test_small_overrides_change_the_trainer_and_keep_its_other_options(override: str, tmp_path: Path) -> None:
     path = ROOT / "configs" / f"{override}.yaml"
