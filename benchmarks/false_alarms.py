@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks._digit_networks import NETWORKS, DigitClassifier
 from benchmarks._digits import Digits
-from recipes._recurrent import PixelRNN
+from recipes.models import PixelRNN
 from stability_callbacks import FlightRecorder, GradientClipping, Initialization, LRSchedule, StepGuard
 from stability_callbacks.clipping import NormClip
 from stability_callbacks.detection import NonFinite, Spike

@@ -2,7 +2,7 @@
 
 Scenario ``exploding``: an LSTM reads handwritten digits pixel by pixel, 64 time steps, with SGD and momentum 0.9 at a
 learning rate of 0.5. Now and then the gradient is ten or a hundred times its usual size and throws the plain LSTM back;
-the same LSTM with an orthogonal initialisation, clipping, a warm-up and a cosine decay learns the task.
+the same LSTM with an orthogonal initialization, clipping, a warm-up and a cosine decay learns the task.
 
 Scenario ``poisoned``: one batch in a hundred holds a NaN. The first one kills the plain LSTM, at a rate at which it
 would learn; the guarded one skips it and ends where the plain one ends on clean data.
@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recipes._gradient_through_time import gradient_through_time
-from recipes._main import run_recipe
-from recipes._recurrent import PixelRNN, SineRNN
+from recipes.gradient_flow import gradient_through_time
+from recipes.models import PixelRNN, SineRNN
+from recipes.runner import run_recipe
 
 __all__ = ["PixelRNN", "SineRNN", "main"]
 

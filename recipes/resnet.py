@@ -1,18 +1,18 @@
 """Deep convolutional networks on MNIST: five ways in which they fail, and the callbacks that heal each.
 
-Scenario ``vanishing``: 20 convolutions in a row, without skip connections or norms, from PyTorch's initialisation: no
+Scenario ``vanishing``: 20 convolutions in a row, without skip connections or norms, from PyTorch's initialization: no
 gradient reaches the first ones. Orthogonal weights, a warm-up and clipping make the same network learn.
 
-Scenario ``exploding``: 40 convolutions with skip connections but no norm, from He's initialisation: each block adds to
+Scenario ``exploding``: 40 convolutions with skip connections but no norm, from He's initialization: each block adds to
 the one before, and the weights are NaN at the second step. Residual branches that start at zero cure it.
 
-Scenario ``stuck``: skip connections and batch normalisation at a high learning rate. The loss stays finite, but the
+Scenario ``stuck``: skip connections and batch normalization at a high learning rate. The loss stays finite, but the
 network does not learn; with branches that start at zero and a warm-up it does.
 
 Scenario ``poisoned``: one batch in a hundred holds a NaN. The guard skips the step and puts back the running statistics
-of batch normalisation, which the forward pass has already spoiled.
+of batch normalization, which the forward pass has already spoiled.
 
-Scenario ``scaled``: one batch in a hundred is ten thousand times too large. Batch normalisation hides it from the loss
+Scenario ``scaled``: one batch in a hundred is ten thousand times too large. Batch normalization hides it from the loss
 and the gradient, while its running statistics are ruined; a guard that looks at the inputs sees it.
 
 Run it with ``python -m recipes.resnet``; ``configs/resnet.yaml`` holds every default, ``configs/resnet/`` what differs
@@ -22,122 +22,11 @@ in each scenario.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
-
-from recipes._blocks import BlockKind, NormKind, ResidualBlock, Reversible, block, normed
-from recipes._classifier import ImageClassifier
-from recipes._main import run_recipe
+from recipes.models import ConvNet, ResNet18
+from recipes.runner import run_recipe
 
 __all__ = ["ConvNet", "ResNet18", "main"]
-
-WeightKind = Literal["torch", "he"]
-
-
-class ConvNet(ImageClassifier):
-    """A stem that halves the image, a row of blocks of two convolutions each, 2x2 average pooling, a linear layer.
-
-    Args:
-        inputs: Shape of one image: channels, height, width.
-        outputs: Number of classes.
-        optimizer: Makes the optimizer from the parameters.
-        blocks: Number of blocks; the depth is twice that.
-        channels: Channels of every block.
-        block: Kind of the blocks: "basic" has a shortcut around its two convolutions, "plain" has none, "depthwise"
-            and "dilated" have a shortcut and those convolutions, "invertible" can be run backwards.
-        norm: What follows each convolution: batch normalisation, or nothing.
-        weights: How convolutions start: "torch" is PyTorch's default, "he" is Kaiming normal, the one that is
-            written in most published networks.
-
-    Raises:
-        ValueError: If the images are not of shape (channels, height, width), or smaller than 3x3.
-    """
-
-    def __init__(
-        self,
-        inputs: torch.Size,
-        outputs: int,
-        optimizer: OptimizerCallable,
-        blocks: NonNegativeInt = 10,
-        channels: PositiveInt = 16,
-        block: BlockKind = "basic",
-        norm: NormKind = "batch",
-        weights: WeightKind = "torch",
-    ) -> None:
-        super().__init__(outputs, optimizer)
-        planes, height, width = _image(inputs)
-        self.stem = nn.Sequential(*normed(planes, channels, norm, stride=2), nn.ReLU())
-        self.blocks = _stack(block, blocks, channels, norm)
-        self.pool = nn.AvgPool2d(2)
-        self.head = nn.Linear(channels * ((height + 1) // 4) * ((width + 1) // 4), outputs)
-        if weights == "he":
-            _kaiming(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (batch, channels, height, width) to logits (batch, classes)."""
-        logits: Tensor = self.head(self.pool(self.blocks(self.stem(images))).flatten(1))
-        return logits
-
-
-class ResNet18(ImageClassifier):
-    """ResNet-18 (He et al. 2015, arXiv 1512.03385).
-
-    Args:
-        inputs: Shape of one image: channels, height, width.
-        outputs: Number of classes.
-        optimizer: Makes the optimizer from the parameters.
-        small_stem: Start with a 3x3 convolution, as is usual for images of 32x32 and below; otherwise as published,
-            with a 7x7 convolution of stride 2 and max pooling.
-
-    Raises:
-        ValueError: If the images are not of shape (channels, height, width).
-    """
-
-    def __init__(self, inputs: torch.Size, outputs: int, optimizer: OptimizerCallable, small_stem: bool = True) -> None:
-        super().__init__(outputs, optimizer)
-        planes, _, _ = _image(inputs)
-        if small_stem:
-            self.stem = nn.Sequential(*normed(planes, 64, "batch"), nn.ReLU())
-        else:
-            wide = nn.Conv2d(planes, 64, 7, stride=2, padding=3, bias=False)
-            self.stem = nn.Sequential(wide, nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1))
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(ResidualBlock(before, after, stride=stride), ResidualBlock(after, after))
-                for before, after, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
-            )
-        )
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(512, outputs)
-        _kaiming(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (batch, channels, height, width) to logits (batch, classes)."""
-        logits: Tensor = self.head(self.pool(self.stages(self.stem(images))).flatten(1))
-        return logits
-
-
-def _image(shape: torch.Size) -> torch.Size:
-    if len(shape) != 3 or min(shape[1:]) < 3:
-        raise ValueError(f"`inputs` must be images of (channels, height, width), 3x3 or larger; got {tuple(shape)}")
-    return shape
-
-
-def _stack(kind: BlockKind, count: int, channels: int, norm: NormKind) -> nn.Sequential:
-    stack = Reversible if kind == "invertible" else nn.Sequential
-    return stack(*(block(kind, channels, norm) for _ in range(count)))
-
-
-def _kaiming(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

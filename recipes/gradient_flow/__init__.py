@@ -1,7 +1,9 @@
 """How signals and gradients go through deep networks before any training: the two classic studies.
 
-``initializations`` puts seven initialisations in front of three activations on a 20-layer network; ``depths`` makes the
+``initializations`` puts seven initializations in front of three activations on a 20-layer network; ``depths`` makes the
 network ever deeper. ``python -m recipes.gradient_flow`` runs both on a batch of handwritten digits.
+``gradient_through_time``, which ``python -m recipes.lstm`` calls, follows the gradient of recurrent networks back from
+the last time step to the first.
 
 References:
     Glorot, Bengio: Understanding the difficulty of training deep feedforward neural networks (2010), AISTATS.
@@ -20,6 +22,7 @@ from recipes.gradient_flow._study import Observation, Setting, observe, settings
 from recipes.gradient_flow._summary import Summary, summarize
 from recipes.gradient_flow._tables import depth_sheets, initialization_sheet
 from recipes.gradient_flow._tensorboard import write_tensorboard
+from recipes.gradient_flow._through_time import gradient_through_time
 from recipes.gradient_flow._verdict import RULE, Verdict, verdict
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "digits_batches",
     "draw_depths",
     "draw_initializations",
+    "gradient_through_time",
     "initialization_sheet",
     "measure",
     "network",

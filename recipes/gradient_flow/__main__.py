@@ -11,7 +11,6 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from recipes._command_line import from_command_line
 from recipes.gradient_flow._digits import IMAGES
 from recipes.gradient_flow._figures import draw_depths, draw_initializations
 from recipes.gradient_flow._network import ActivationName
@@ -21,6 +20,8 @@ from recipes.gradient_flow._summary import Summary, summarize
 from recipes.gradient_flow._tables import depth_sheets, initialization_sheet
 from recipes.gradient_flow._tensorboard import write_tensorboard
 from recipes.gradient_flow._verdict import RULE
+from recipes.runner import from_command_line
+from stability_callbacks._atomic import atomic_path
 from stability_callbacks.initialization import Policy
 
 __all__ = ["GradientFlow", "main"]
@@ -49,21 +50,21 @@ TensorBoard  tensorboard --logdir {output}/tensorboard
 
 
 class GradientFlow:
-    """Measure signals and gradients of deep networks at initialisation, on a batch of scikit-learn's digits.
+    """Measure signals and gradients of deep networks at initialization, on a batch of scikit-learn's digits.
 
     Nothing is trained, and digits are the only data.
 
     Args:
-        study: Which study: the initialisations side by side on one network, or ever deeper networks.
+        study: Which study: the initializations side by side on one network, or ever deeper networks.
         seed: The first seed, for weights and batches.
         seeds: How many seeds, from the first one on.
-        layers: Linear layers of the network in the study of initialisations.
+        layers: Linear layers of the network in the study of initializations.
         depths: Linear layers of the networks in the study of depths.
         width: Units of each hidden layer.
-        batch_size: Images to measure on; as many others are for initialisations that look at data.
+        batch_size: Images to measure on; as many others are for initializations that look at data.
         precision: Bits of a number in the network: 32, as in training, or 64, which shows what underflows in 32.
-        initializations: Policies to compare on one network, by name; null for PyTorch's own initialisation.
-        depth_initializations: Policies to compare over the depths, by name; null for PyTorch's own initialisation.
+        initializations: Policies to compare on one network, by name; null for PyTorch's own initialization.
+        depth_initializations: Policies to compare over the depths, by name; null for PyTorch's own initialization.
         output: Folder for tables, figures, records and TensorBoard's files.
         threads: Threads of PyTorch; more than one slow networks of this size down.
 
@@ -142,8 +143,9 @@ def report(observations: Sequence[Observation], output: Path, console: Console) 
     write_records(observations, output / "results.json")
     write_tensorboard(summaries, figures, output / "tensorboard")
     pictures = [f"![{figure.stem}]({figure.name})" for figure in figures]
-    parts = ["# Gradient flow at initialisation", LEGEND, *(sheet.markdown() for sheet in sheets), *pictures]
-    (output / "summary.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    parts = ["# Gradient flow at initialization", LEGEND, *(sheet.markdown() for sheet in sheets), *pictures]
+    with atomic_path(output / "summary.md") as part:
+        part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     for sheet in sheets:
         console.print()
         console.print(sheet.table())

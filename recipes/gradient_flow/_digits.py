@@ -13,13 +13,13 @@ __all__ = ["CLASSES", "IMAGES", "PIXELS", "Batch", "digits_batches"]
 IMAGES, PIXELS, CLASSES = 1797, 64, 10
 
 Batch = tuple[Tensor, Tensor]
-"""Images as rows of pixels, standardised by one mean and one standard deviation, and their labels."""
+"""Images as rows of pixels, standardized by one mean and one standard deviation, and their labels."""
 
 
 def digits_batches(batch_size: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Batch, Batch]:
     """Draw two batches at random.
 
-    The first is for initialisations that look at data, the second to measure on: a network is not judged by the images
+    The first is for initializations that look at data, the second to measure on: a network is not judged by the images
     that its weights were fitted to.
 
     Args:

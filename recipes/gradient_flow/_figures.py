@@ -15,10 +15,11 @@ from matplotlib.lines import Line2D
 
 from recipes.gradient_flow._summary import Spread, Summary
 from recipes.gradient_flow._verdict import EXPLODING_LEVEL, EXPLODING_RATIO, VANISHING_LEVEL, VANISHING_RATIO
+from stability_callbacks._atomic import atomic_path
 
 __all__ = ["draw_depths", "draw_initializations"]
 
-# Okabe and Ito's colours, told apart with every kind of colour vision, and a marker of its own for each.
+# Okabe and Ito's colors, told apart with every kind of color vision, and a marker of its own for each.
 COLORS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#cc79a7", "#d55e00")
 MARKERS = ("o", "s", "D", "P", "X", "*", "h")
 # What has one look in both figures; others take the next that is free.
@@ -54,7 +55,7 @@ class _Line(NamedTuple):
 
 
 def draw_initializations(summaries: Sequence[Summary], path: Path) -> None:
-    """Save the study of initialisations as a PNG: one column an activation, one line an initialisation.
+    """Save the study of initializations as a PNG: one column an activation, one line an initialization.
 
     The upper row has the gradient norm of each layer, the lower one its signal: medians over the seeds, in a band from
     the smallest to the largest.
@@ -81,7 +82,7 @@ def draw_initializations(summaries: Sequence[Summary], path: Path) -> None:
 
 
 def draw_depths(summaries: Sequence[Summary], path: Path) -> None:
-    """Save the study of depths as a PNG: one column an activation, one line an initialisation.
+    """Save the study of depths as a PNG: one column an activation, one line an initialization.
 
     The upper row has the first layer's gradient norm against the depth, the lower one its ratio to the last layer's.
     Dotted lines are the bounds of the verdicts.
@@ -207,4 +208,5 @@ def _save(figure: Figure, styles: Mapping[str, _Style], path: Path) -> None:
     handles = [Line2D([], [], **style._asdict(), markersize=5, label=name) for name, style in styles.items()]
     handles += [_edge_mark(value, "gray", 7.0, label) for value, label in EDGES]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=110)
+    with atomic_path(path) as part:
+        figure.savefig(part, dpi=110)

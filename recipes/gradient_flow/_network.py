@@ -21,7 +21,7 @@ ACTIVATIONS: dict[ActivationName, Callable[[], nn.Module]] = {
 
 
 def network(inputs: int, outputs: int, activation: ActivationName, depth: int, width: int) -> nn.Sequential:
-    """Make a plain deep network, without normalisation and without skip connections.
+    """Make a plain deep network, without normalization and without skip connections.
 
     Args:
         inputs: Features of a sample.
@@ -31,7 +31,7 @@ def network(inputs: int, outputs: int, activation: ActivationName, depth: int, w
         width: Units of each hidden layer.
 
     Returns:
-        The network, initialised as PyTorch does.
+        The network, initialized as PyTorch does.
 
     Example:
         >>> print(network(64, 10, "tanh", depth=2, width=32))

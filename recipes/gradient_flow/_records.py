@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.gradient_flow._study import Observation
+from stability_callbacks._atomic import atomic_path
 
 __all__ = ["records", "write_records"]
 
@@ -38,7 +39,8 @@ def records(observations: Iterable[Observation]) -> list[dict[str, Any]]:
 def write_records(observations: Iterable[Observation], path: Path) -> None:
     """Write the records as a list in strict JSON, one record a line."""
     lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records(observations))
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    with atomic_path(path) as part:
+        part.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def _finite(value: float) -> float | None:

@@ -24,7 +24,7 @@ class Setting(NamedTuple):
     Attributes:
         study: Which study it belongs to.
         activation: Between its layers.
-        initialization: What the study calls its initialisation.
+        initialization: What the study calls its initialization.
         depth: Linear layers.
     """
 
@@ -50,7 +50,7 @@ class Observation(NamedTuple):
 def settings(
     study: StudyName, activations: Sequence[ActivationName], initializations: Iterable[str], depths: Sequence[int]
 ) -> list[Setting]:
-    """Every combination, in the order of the tables: activation, initialisation, depth."""
+    """Every combination, in the order of the tables: activation, initialization, depth."""
     names = list(initializations)
     return [Setting(study, activation, name, depth) for activation in activations for name in names for depth in depths]
 
@@ -65,7 +65,7 @@ def observe(
 
     Args:
         setting: Which.
-        policy: Its initialisation; None for PyTorch's own.
+        policy: Its initialization; None for PyTorch's own.
         seed: Seeds weights and batches.
         width: Units of each hidden layer.
         batch_size: Images of a batch.

@@ -64,7 +64,7 @@ class Summary(NamedTuple):
 
 
 def summarize(observations: Iterable[Observation]) -> list[Summary]:
-    """Summarise observations, of which those of a setting follow each other.
+    """Summarize observations, of which those of a setting follow each other.
 
     A setting that an interruption left with fewer seeds than others is left out.
     """

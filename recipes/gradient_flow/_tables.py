@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from recipes._sheet import Cell, Sheet
 from recipes.gradient_flow._summary import Summary
 from recipes.gradient_flow._verdict import Verdict
+from recipes.results import Cell, Sheet
 
 __all__ = ["MARKS", "depth_sheets", "initialization_sheet"]
 
@@ -16,9 +16,9 @@ _COLORS: dict[Verdict, str] = {"vanishing": "yellow", "exploding": "red", "sound
 
 
 def initialization_sheet(summaries: Sequence[Summary]) -> Sheet:
-    """One row an activation and initialisation: medians over the seeds."""
+    """One row an activation and initialization: medians over the seeds."""
     depth, seeds = summaries[0].setting.depth, len(summaries[0].observations)
-    title = f"Initialisations, {depth} layers: medians of {_seeds(seeds)}"
+    title = f"Initializations, {depth} layers: medians of {_seeds(seeds)}"
     columns = ("activation", "init", "first", "last", "ratio", "inner", "signal", "verdict")
     sheet = Sheet(title, columns, labels=2)
     for each in summaries:

@@ -20,7 +20,7 @@ __all__ = ["write_tensorboard"]
 def write_tensorboard(summaries: Sequence[Summary], figures: Iterable[Path], path: Path) -> None:
     """Write medians over the seeds as scalars whose step is the layer, from 1 at the input, and the figures as images.
 
-    Each activation and initialisation is a run: ``initializations/relu/he``. In the study of depths it has a curve for
+    Each activation and initialization is a run: ``initializations/relu/he``. In the study of depths it has a curve for
     each depth, and two over the depths. Event files that an earlier call left are removed.
 
     Args:

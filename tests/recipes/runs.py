@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from recipes._history import History
-from recipes._run import GRADIENT_NORM, LOSS, SKIPPED_STEPS, Goal, Run
+from recipes.results._history import History
+from recipes.results._run import GRADIENT_NORM, LOSS, SKIPPED_STEPS, Goal, Run
 
 NAN, INF = math.nan, math.inf
 

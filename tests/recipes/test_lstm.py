@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from recipes._poison import Poison
+from recipes.data._poison import Poison
 from recipes.lstm import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:The warm-up of 30 steps is longer than training")
@@ -50,7 +50,7 @@ def test_all_scenarios_and_the_picture(tmp_path: Path) -> None:
     assert (tmp_path / "gradient_through_time.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_the_initialisation_both_variants_start_alike(tmp_path: Path) -> None:
+def test_without_the_initialization_both_variants_start_alike(tmp_path: Path) -> None:
     options = ["--scenario=exploding", "--trainer.max_steps=3", "--healed.initialization=null"]
     main([*SMALL, f"--output={tmp_path}", *options])
     plain, healed = (history(tmp_path, f"exploding-{variant}") for variant in ("plain", "healed"))

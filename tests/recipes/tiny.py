@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from recipes._sharding import ShardableModule
+from recipes.data import Text
+from recipes.models import CharTransformer, ShardableModule
 
 CONFIGS = Path(__file__).parent / "configs"
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+LENGTH = 12  # characters that the small Transformer reads at once
 
 
 class TinyNet(ShardableModule):
-    """Two layers with batch normalisation and dropout: buffers, and random numbers in each step.
+    """Two layers with batch normalization and dropout: buffers, and random numbers in each step.
 
     Args:
         inputs: Shape of one sample.
@@ -127,6 +131,19 @@ class Dictionaries(Strangers):
     def train_dataloader(self) -> DataLoader[Any]:
         samples: Any = [{"inputs": torch.zeros(6), "targets": torch.tensor(0)}] * 10
         return DataLoader(samples, batch_size=5)
+
+
+def fitted(data: Text, steps: int = 3, callbacks: list[L.Callback] | None = None, **options: Any) -> L.Trainer:
+    """Train a Transformer of one layer on a text."""
+    data.setup("fit")
+    adam = partial(torch.optim.AdamW, lr=1e-2)
+    model = CharTransformer(torch.Size([LENGTH]), data.classes, adam, layers=1, width=16, heads=2)
+    options = {"logger": False, **options}
+    trainer = L.Trainer(
+        max_steps=steps, accelerator="cpu", callbacks=callbacks, log_every_n_steps=1, **QUIET, **options
+    )
+    trainer.fit(model, data)
+    return trainer
 
 
 @dataclass
