@@ -770,9 +770,8 @@ def inside_recipe(recipe: str, scenario: str) -> dict[str, Entries]:
         finally:
             pl.Trainer.fit = fit  # type: ignore[method-assign]
         results = json.loads(Path(folder, "results.json").read_text())
-        incidents = {
-            name: text for name, text in file_entries(Path(folder)) if "incidents.jsonl" in name or "bundles" in name
-        }
+        records = [path.parent for path in sorted(Path(folder).rglob("incidents.jsonl"))]
+        incidents = {f"{path.parent.name}.{name}": text for path in records for name, text in file_entries(path)}
         found = {
             f"/{result['variant']}": _without_places(
                 {**entries, **dict(recorder.entries()), "result": _without(result, "seconds")}, Path(folder)
@@ -796,10 +795,16 @@ def main() -> int:
     torch.set_num_threads(1)
     before = None if arguments.against is None else json.loads(arguments.against.read_text())
     start = time.monotonic()
-    versions, runs = _versions(), _take(arguments.only, arguments.jobs)
+    versions, runs = _versions(), dict[str, Entries]()
+    kept: dict[str, Entries] = {}
+    if arguments.out is not None and arguments.out.exists() and arguments.only is not None:
+        kept = json.loads(arguments.out.read_text())["runs"]
+    for found in _take(arguments.only, arguments.jobs):
+        runs |= found
+        if arguments.out is not None:
+            content = {"versions": versions, "runs": {**kept, **runs}}
+            arguments.out.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     print(f"{len(runs)} runs in {time.monotonic() - start:.0f} s", file=sys.stderr)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps({"versions": versions, "runs": runs}, indent=1, sort_keys=True) + "\n")
     if before is None:
         return 0
     if before["versions"] != versions:
@@ -839,18 +844,17 @@ def _likeness(one: str, other: str) -> float:
     return SequenceMatcher(None, one, other).ratio()
 
 
-def _take(only: str | None, jobs: int) -> dict[str, Entries]:
-    found: dict[str, Entries] = {}
+def _take(only: str | None, jobs: int) -> Iterator[dict[str, Entries]]:
+    """Make the runs, and yield each scenario's or model's as soon as they are done."""
     # The recipes train in processes of their own, meanwhile the small models in this one.
     scenarios = [(r, s) for r, names in RECIPES.items() for s in names if _is_asked(f"recipe/{r}/{s}", only)]
     with ThreadPoolExecutor(jobs) as pool:
         pending = [(pair, pool.submit(train_recipe, *pair)) for pair in scenarios]
         for name, law in laws().items():
             if _is_asked(f"law/{name}", only):
-                found |= {f"law/{name}{suffix}": entries for suffix, entries in train_law(law).items()}
+                yield {f"law/{name}{suffix}": entries for suffix, entries in train_law(law).items()}
         for (recipe, scenario), future in pending:
-            found |= {f"recipe/{recipe}/{scenario}{suffix}": entries for suffix, entries in future.result().items()}
-    return found
+            yield {f"recipe/{recipe}/{scenario}{suffix}": entries for suffix, entries in future.result().items()}
 
 
 def _is_asked(name: str, only: str | None) -> bool:
@@ -876,11 +880,9 @@ def _be_quiet() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("``")[0].strip(" :"))
-    parser.add_argument("--out", type=Path, help="write the fingerprint to this file")
+    parser.add_argument("--out", type=Path, help="write to this file; with --only, the other runs in it are kept")
     parser.add_argument("--against", type=Path, help="compare with this file; the exit code is 1 if anything differs")
-    parser.add_argument(
-        "--only", help="only runs whose name contains this, such as law, law/fp16 or recipe/mlp/poisoned"
-    )
+    parser.add_argument("--only", help="only runs whose name contains this: law, law/fp16, recipe/mlp/poisoned")
     parser.add_argument("--jobs", type=int, default=1, help="recipes that train at the same time (default: 1)")
     parser.add_argument("--inside", nargs=2, metavar=("RECIPE", "SCENARIO"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
