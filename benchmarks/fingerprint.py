@@ -67,6 +67,7 @@ from stability_callbacks import (
     LRSchedule,
     Rollback,
     StepGuard,
+    TrainingDivergedError,
     WeightPenalty,
     stability_suite,
 )
@@ -702,8 +703,10 @@ def _train(law: Law, directory: Path, others: list[pl.Callback], ckpt_path: Path
     with redirect_stdout(io.StringIO()):
         try:
             trainer.fit(model, loader, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
-        except RuntimeError as error:  # TrainingDivergedError is one
+        except Exception as error:  # noqa: BLE001  # a run that breaks is a difference, and others are still of interest
             end = f"{type(error).__name__}: {error}"
+            if not isinstance(error, TrainingDivergedError):
+                print(f"A run broke: {end}", file=sys.stderr)
     found = {"end": end, **dict(state_entries(model, trainer)), **dict(recorder.entries())}
     return _without_places({**found, **dict(file_entries(directory))}, directory)
 
@@ -738,7 +741,9 @@ def train_recipe(recipe: str, scenario: str) -> dict[str, Entries]:
             stderr=subprocess.STDOUT,
         )
         if done.returncode:
-            raise RuntimeError(f"recipe {recipe}, scenario {scenario}, failed:\n{done.stdout.decode()}")
+            output = done.stdout.decode(errors="replace")
+            print(f"Recipe {recipe}, scenario {scenario}, broke:\n{output}", file=sys.stderr)
+            return {"": {"end": output.strip().rpartition("\n")[2]}}
         found: dict[str, Entries] = json.loads(Path(folder, "entries.json").read_text())
         return found
 
@@ -760,6 +765,7 @@ def inside_recipe(recipe: str, scenario: str) -> dict[str, Entries]:
         finally:
             fits.append(({"end": end, **dict(state_entries(model, trainer))}, recorder))
 
+    code: Any = None
     with tempfile.TemporaryDirectory() as folder:
         pl.Trainer.fit = fit_and_keep  # type: ignore[assignment, method-assign]
         sys.argv = [recipe, "--scenario", scenario, "--seed", "0", "--output", folder]
