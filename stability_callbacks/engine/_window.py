@@ -124,8 +124,9 @@ class AccumulationWindow:
             skip: The verdict on the device, 0-dim boolean; None if there was none.
             skipped: The verdict where the host knows it.
         """
-        if skipped:
-            return  # the backup still holds, since all was restored to it
+        if skipped:  # the backup still holds, since all was restored to it
+            self._mark_gradients()
+            return
         if skip is not None and skipped is None:
             for backup in self._backups():
                 backup.restore_where(skip)
@@ -141,14 +142,17 @@ class AccumulationWindow:
         self._open = True
         self._loss = None
         self._between_taken = False
+        self._mark_gradients()
+        for backup in self._backups():
+            backup.take()
+
+    def _mark_gradients(self) -> None:
         if self._manual:
             self._gradients = {
                 id(parameter): _Mark(ref(parameter.grad), parameter.grad._version)
                 for parameter in self._module.parameters()
                 if parameter.grad is not None
             }
-        for backup in self._backups():
-            backup.take()
 
     def _backups(self) -> list[BufferBackup | MetricBackup]:
         return [each for each in (self.buffers, self._metrics) if each is not None]

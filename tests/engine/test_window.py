@@ -12,9 +12,21 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Stochast
 from torch import Tensor, nn
 
 from stability_callbacks import FlightRecorder, StepGuard
+from stability_callbacks.detection import InputRange, NonFinite
 from stability_callbacks.diagnosis import read_incidents
 from stability_callbacks.engine._metric_backup import MetricBackup
-from tests.models import NormNet, assert_same_bits, fit, loader_of, make_batches, make_trainer, poison, training_state
+from tests.models import (
+    NormNet,
+    TwoOptimizers,
+    assert_same_bits,
+    fit,
+    fp16,
+    loader_of,
+    make_batches,
+    make_trainer,
+    poison,
+    training_state,
+)
 
 
 def seeded(make: Any, *arguments: Any) -> Any:
@@ -284,3 +296,12 @@ def test_a_backup_of_metrics_can_be_put_back_twice() -> None:
     assert not torch.equal(model.collection.compute()["MulticlassRecall"], expected["MulticlassRecall"])
     backup.restore_where(torch.tensor(True))
     assert_same_bits(dict(model.collection.compute()), expected)
+
+
+def test_gradients_that_a_loss_scaler_left_behind_are_no_window(tmp_path: Any) -> None:
+    """A scaler that finds infinity does not call ``step()``, so nobody drops the gradients of the skipped step."""
+    batches = make_batches(6)
+    batches[2] = poison(batches[2])
+    guard = StepGuard([InputRange(), NonFinite()])
+    fit(seeded(TwoOptimizers), batches, [guard], plugins=[fp16()])
+    assert guard.skipped_steps == 2  # both optimizers' steps on the poisoned batch, and none on the next
