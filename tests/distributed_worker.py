@@ -46,11 +46,11 @@ from tests.models import (
     sgd,
     training_state,
 )
+from tests.process_pair import PROCESSES
 
 Batch = tuple[Tensor, Tensor, str]
 Faults = Mapping[int, tuple[int, str]]  # by position in the epoch: the rank that has the fault, and where it is
 
-PROCESSES = 2
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "ddp": partial(DDPStrategy, process_group_backend="gloo", find_unused_parameters=True),
     "fsdp2": partial(ModelParallelStrategy, data_parallel_size=PROCESSES, tensor_parallel_size=1),

@@ -29,8 +29,9 @@ from stability_callbacks.callbacks import rollback as rollback_module
 from stability_callbacks.callbacks._base import StabilityCallback
 from stability_callbacks.detection import InputRange, NonFinite, Spike
 from stability_callbacks.diagnosis import Incident, IncidentLog, _bundle
-from tests.distributed_worker import NAN, OPTIMIZERS, PROCESSES, Batch, FaultyModel, Saver, rank, train
+from tests.distributed_worker import NAN, OPTIMIZERS, Batch, FaultyModel, Saver, rank, train
 from tests.models import OptimizerFactory, ResumableLoader, make_batches, sgd
+from tests.process_pair import PROCESSES
 
 Faults = Mapping[int, str]  # by position in the epoch: what the second process's batch brings along
 
