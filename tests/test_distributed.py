@@ -5,7 +5,6 @@ One pair of processes runs all scenarios of distributed_worker.py; the tests loo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,18 +17,13 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests import distributed_worker as worker
 from tests.models import assert_same_bits
-from tests.process_pair import PROCESSES, logs, outcomes, run_processes
+from tests.process_pair import MARKS, PROCESSES, logs, outcomes, run_processes
 
-HARD_TIMEOUT = 150.0  # seconds; the pair takes 20 on two free cores
 KINDS = ("ddp", "fsdp2")
 
 Outcome = Callable[[str, str], list[Any]]
 
-# The first test waits for the processes.
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="gloo meets by a file here"),
-    pytest.mark.timeout(HARD_TIMEOUT + 30),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +34,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exit_codes(directory: Path) -> list[int]:
     """Let the processes run; how they ended. Their output lies in the directory."""
-    arguments = (str(directory), str(HARD_TIMEOUT))
-    return run_processes(worker.__name__, directory, *arguments, timeout=HARD_TIMEOUT + 15)
+    return run_processes(worker.__name__, directory)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ One pair of processes runs all scenarios of recovery_worker.py; the tests look a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,15 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from stability_callbacks.diagnosis import Bundle, Incident, bundles, read_bundle, read_incidents
 from tests import recovery_worker as worker
 from tests.models import assert_same_bits, make_batches
-from tests.process_pair import PROCESSES, logs, outcomes, run_processes
+from tests.process_pair import MARKS, PROCESSES, logs, outcomes, run_processes
 
-HARD_TIMEOUT = 200.0  # seconds; the pair takes 30 on two free cores
 KINDS = ("ddp", "fsdp2")
 STORED = [(kind, storage) for kind, storages in worker.STORAGES.items() for storage in storages]
 ON_DISK = [(kind, storage) for kind, storages in worker.ON_DISK.items() for storage in storages]
 
 Outcome = Callable[..., list[Any]]
 
-# The first test waits for the processes.
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="gloo meets by a file here"),
-    pytest.mark.timeout(HARD_TIMEOUT + 30),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +35,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exit_codes(directory: Path) -> list[int]:
     """Let the processes run; how they ended. Their output lies in the directory."""
-    arguments = (str(directory), str(HARD_TIMEOUT))
-    return run_processes(worker.__name__, directory, *arguments, timeout=HARD_TIMEOUT + 15)
+    return run_processes(worker.__name__, directory)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ Everything runs in one process, and in two of which the second holds nothing of 
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -15,20 +14,18 @@ from torch import Tensor, nn
 from stability_callbacks.gradient_pass import measure_gradients
 from tests import sharded_worker as worker
 from tests.gradients import gradient, parameter
-from tests.process_pair import PROCESSES, logs, run_processes
-
-TIMEOUT = 100.0  # seconds; the pair takes 8 on free cores
+from tests.process_pair import MARKS, PROCESSES, logs, run_processes
 
 Results = list[dict[str, Any]]
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo meets by a file here")
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each of two processes found."""
     directory = tmp_path_factory.mktemp("pair")
-    codes = run_processes(worker.__name__, directory, str(PROCESSES), str(directory), timeout=TIMEOUT)
+    codes = run_processes(worker.__name__, directory)
     assert codes == [0] * PROCESSES, logs(directory)
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
@@ -36,7 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What a single process finds, on a mesh of its own."""
-    return [worker.run(0, 1, tmp_path_factory.mktemp("alone"))]
+    return [worker.alone(tmp_path_factory.mktemp("alone"))]
 
 
 @pytest.fixture(params=["alone", "pair"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,16 @@ from stability_callbacks.faults import Injection
 from tests.callbacks import fault_worker as rehearsal
 from tests.distributed_worker import GOOD_BATCHES
 from tests.models import assert_same_bits
-from tests.process_pair import PROCESSES, logs, outcomes, run_processes
+from tests.process_pair import MARKS, PROCESSES, logs, outcomes, run_processes
 
-HARD_TIMEOUT = 100.0  # seconds; the pair takes 10 on two free cores
-
-# The first test waits for the processes.
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="gloo meets by a file here"),
-    pytest.mark.timeout(HARD_TIMEOUT + 30),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the processes wrote what came out."""
     directory = tmp_path_factory.mktemp("faults")
-    arguments = (str(directory), str(HARD_TIMEOUT))
-    codes = run_processes(rehearsal.__name__, directory, *arguments, timeout=HARD_TIMEOUT + 15)
+    codes = run_processes(rehearsal.__name__, directory)
     assert codes == [0] * PROCESSES, logs(directory)
     return directory
 
