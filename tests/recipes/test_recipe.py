@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,14 @@ Recipe = Callable[..., Outcome]
 def configs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes._main, "CONFIGS", CONFIGS)
     CtrlC.trainings = 0
+
+
+@pytest.fixture(autouse=True)
+def terminal() -> Iterator[None]:
+    """Let Ctrl-C do what it does in a terminal: what a shell starts in the background ignores it, tests included."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def run(output: Path, *options: str) -> Outcome:
