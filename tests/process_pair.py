@@ -21,7 +21,7 @@ PROCESSES = 2
 ROOT = Path(__file__).parents[1]
 
 # Seconds, against hangs alone: the longest pair takes 30 on two free cores.
-HARD_TIMEOUT = 300.0
+HARD_TIMEOUT = 600.0
 
 # Of tests that look at what a pair did: the first of them waits for it.
 MARKS = [
