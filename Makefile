@@ -16,8 +16,8 @@ help: ## list the targets
 demo: $(INSTALLED) ## train recurrent networks that fail, and the same networks healed (ARGS="--seed 1")
 	$(BIN)/python -m recipes.lstm $(ARGS)
 
-test: $(INSTALLED) ## run the tests and the examples in the docstrings, in two processes (ARGS="-k clipping")
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(INSTALLED) ## run the tests and the examples in the docstrings, in two processes (ARGS="-k clipping", ARGS="-m 'not slow'")
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED) ## check style, format and types
 	$(BIN)/ruff check

@@ -9,13 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)  # the tests' tensors are tiny: more threads only wait for each other
 
-# An example that imports or compiles something is slow once: that is no failure.
-settings.register_profile("no_deadline", parent=settings.default, deadline=None)
-settings.load_profile("no_deadline")
+# Whatever imports or compiles something, or runs beside other work, is slow: that is no failure.
+settings.register_profile(
+    "no_clock", parent=settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("no_clock")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with slow tests first: the workers of xdist then end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,11 +43,11 @@ from tests.models import (
     sgd,
     training_state,
 )
+from tests.process_pair import PROCESSES, process_group
 
 Batch = tuple[Tensor, Tensor, str]
 Faults = Mapping[int, tuple[int, str]]  # by position in the epoch: the rank that has the fault, and where it is
 
-PROCESSES = 2
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "ddp": partial(DDPStrategy, process_group_backend="gloo", find_unused_parameters=True),
     "fsdp2": partial(ModelParallelStrategy, data_parallel_size=PROCESSES, tensor_parallel_size=1),
@@ -379,23 +377,14 @@ def parts_of_layers(kind: str, directory: Path) -> Any:
     }
 
 
-def main(rank: int, directory: Path, timeout: float) -> None:
-    """Run all scenarios with all strategies. A hang ends the process with a traceback of where it hung."""
-    faulthandler.dump_traceback_later(timeout, exit=True)
-    torch.set_num_threads(1)
+def main(rank: int, directory: Path) -> None:
+    """Run all scenarios with all strategies."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=(directory / "rendezvous").as_uri(),
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=timeout),
-    )
-    for run, kinds in SCENARIOS:
-        for kind in kinds:
-            torch.save(run(kind, directory), directory / f"{run.__name__} {kind} {rank}.pt")
-    torch.distributed.destroy_process_group()
+    with process_group(rank, directory):
+        for run, kinds in SCENARIOS:
+            for kind in kinds:
+                torch.save(run(kind, directory), directory / f"{run.__name__} {kind} {rank}.pt")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,6 +1,7 @@
-"""Trains in a process of its own, kills it again and again, and lets it go on; started by test_kill.py.
+"""Trains in a process that is killed again and again, and lets it go on; started by test_kill.py.
 
-A process takes seconds to import torch and Lightning, so one does that and forks those that train.
+A process takes seconds to import torch and Lightning, so one does that and forks those that train. Each kills itself at
+an instruction that was drawn beforehand: where it dies depends on no clock and on no other process.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -45,6 +47,8 @@ KILLS = 20
 STEPS = 150
 BATCHES_PER_EPOCH = 40
 CHECKPOINT_EVERY = 3
+EPOCH_END = 120  # the only one at which a checkpoint is due
+CALLS = 40_000  # of Python and C: in a step that writes a checkpoint and a snapshot; others have a tenth
 
 # The snapshot that a rollback goes back to is taken in the step of a checkpoint: a resumed run begins with one too.
 FAULTS = [
@@ -58,10 +62,11 @@ FAULTS = [
 SKIPS = 9
 ROLLBACKS = 4
 
+LAST = Path("checkpoints", "last.ckpt")
 RUNS = ("uninterrupted", "killed")
 
 # What a process tells the one that forked it.
-STEP, WRITE, KILL_ME = b"s", b"w", b"k"
+STEP, IN_WRITE = b"s", b"w"
 
 
 class DropoutNet(TinyModel):
@@ -77,13 +82,18 @@ class DropoutNet(TinyModel):
 
 
 class RandomStateKeeper(Callback):
-    """Saves the random state, as Lightning's checkpoints do not, and tells of each step."""
+    """Saves the random state, as Lightning's checkpoints do not, and tells of each step; one of them is the last."""
 
-    def __init__(self, tell: Callable[[bytes], None]) -> None:
+    def __init__(self, tell: Callable[[bytes], None], fatal: Fatality) -> None:
         self.tell = tell
+        self.fatal = fatal
+        self.steps = 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.steps += 1
         self.tell(STEP)
+        if self.steps == self.fatal.step:
+            die_in_call(self.fatal.call)
 
     def state_dict(self) -> dict[str, Any]:
         return {"torch": torch.get_rng_state()}
@@ -103,7 +113,6 @@ class PiecewiseIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.writes += 1
-        self.tell(WRITE)
         content = io.BytesIO()
         torch.save(checkpoint, content)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -111,26 +120,50 @@ class PiecewiseIO(TorchCheckpointIO):
         with Path(path).open("wb", buffering=0) as file:
             if self.writes == self.fatal.write:
                 file.write(whole[: int(self.fatal.fraction * len(whole))])
-                self.tell(KILL_ME)
-                time.sleep(60)
+                self.tell(IN_WRITE)
+                die()
             file.writelines(whole[start : start + 8192] for start in range(0, len(whole), 8192))
 
 
 class Fatality(NamedTuple):
-    """When a process is killed: in its n-th write of a checkpoint, or some time after the start of its n-th step."""
+    """When a process dies: in its n-th write of a checkpoint, some calls after the start of its n-th step, or trained.
+
+    At the end, training is over, the last checkpoint is complete, and the process has yet to leave.
+    """
 
     write: int = 0
     fraction: float = 0.0
     step: int = 0
-    delay: float = 0.0
+    call: int = 0
+    at_end: bool = False
 
 
-def draw_fatality(number: int) -> Fatality:
+def draw_fatality(number: int, begun_at: int) -> Fatality:
     """Every other kill hits a write; each life is long enough to get to the next checkpoint most times."""
     stream = random.Random(number)
+    if 0 < EPOCH_END - begun_at < 18:
+        return Fatality(step=EPOCH_END - begun_at + 1, call=1)  # the next life begins where an epoch ends
     if number % 2:
         return Fatality(write=stream.randrange(1, 16), fraction=stream.random())
-    return Fatality(step=stream.randrange(2, 18), delay=stream.uniform(0, 0.02))
+    return Fatality(step=stream.randrange(2, 18), call=stream.randrange(1, CALLS))
+
+
+def die() -> None:
+    """Be killed, here and now: nothing is flushed, closed or told."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_call(number: int) -> None:
+    """Be killed in the n-th call from now on, whether of Python or of C."""
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+        if calls == number:
+            die()
+
+    sys.setprofile(count)
 
 
 def train(tell: Callable[[bytes], None], fatal: Fatality) -> None:
@@ -139,7 +172,7 @@ def train(tell: Callable[[bytes], None], fatal: Fatality) -> None:
     checkpoint = newest_readable_checkpoint("checkpoints")
     callbacks = [
         ModelCheckpoint("checkpoints", every_n_train_steps=CHECKPOINT_EVERY, save_last=True),
-        RandomStateKeeper(tell),
+        RandomStateKeeper(tell, fatal),
         FaultInjector(FAULTS),
         StepGuard([NonFinite(), Spike(window=16, min_history=8), InputRange(50)]),
         Rollback(CHECKPOINT_EVERY, patience=2, lr_recovery_steps=10, storage="disk", dirpath="rollback"),
@@ -159,10 +192,15 @@ def train(tell: Callable[[bytes], None], fatal: Fatality) -> None:
         trainer.fit(DropoutNet(), loader_of(make_batches(BATCHES_PER_EPOCH)), ckpt_path=checkpoint)
 
 
+def steps_saved(directory: Path) -> int:
+    """Where the next life begins."""
+    checkpoint = newest_readable_checkpoint(directory / "checkpoints")
+    return 0 if checkpoint is None else torch.load(checkpoint, weights_only=True)["global_step"]
+
+
 def live(directory: Path, fatal: Fatality) -> dict[str, Any]:
     """Train in a process of its own until it is killed, or has finished; tells what became of it."""
-    checkpoint = newest_readable_checkpoint(directory / "checkpoints")
-    begun_at = 0 if checkpoint is None else torch.load(checkpoint, weights_only=True)["global_step"]
+    begun_at = steps_saved(directory)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -175,6 +213,8 @@ def live(directory: Path, fatal: Fatality) -> dict[str, Any]:
         try:
             os.chdir(directory)
             train(tell, fatal)
+            if fatal.at_end:
+                die()
             code = 0
         except BaseException:  # noqa: BLE001  # nothing may get back into the parent's frames
             traceback.print_exc()
@@ -184,10 +224,7 @@ def live(directory: Path, fatal: Fatality) -> dict[str, Any]:
     with os.fdopen(reading, "rb", buffering=0) as words:
         while word := words.read(1):
             steps += word == STEP
-            in_write = word == KILL_ME
-            if in_write or (word == STEP and steps == fatal.step):
-                time.sleep(fatal.delay)
-                os.kill(child, signal.SIGKILL)
+            in_write = word == IN_WRITE
     _, status = os.waitpid(child, 0)
     return {
         "killed": os.WIFSIGNALED(status),
@@ -206,7 +243,10 @@ def main(directory: Path) -> None:
     for run in (uninterrupted, killed):
         run.mkdir()
     live(uninterrupted, Fatality())
-    lives = [live(killed, fatal) for fatal in (*map(draw_fatality, range(KILLS)), Fatality())]
+    lives = [live(killed, draw_fatality(number, steps_saved(killed))) for number in range(KILLS)]
+    lives.append(live(killed, Fatality(at_end=True)))
+    shutil.copy(killed / LAST, directory / "trained.ckpt")  # the last life begins at its end, and may write it anew
+    lives.append(live(killed, Fatality()))
     (directory / "lives.json").write_text(json.dumps(lives))
 
 

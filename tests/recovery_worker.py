@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import faulthandler
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,9 @@ from stability_callbacks.callbacks import rollback as rollback_module
 from stability_callbacks.detection import InputRange, NonFinite, Spike
 from stability_callbacks.diagnosis import Incident, IncidentLog, _bundle
 from stability_callbacks.engine import StabilityCallback
-from tests.distributed_worker import NAN, OPTIMIZERS, PROCESSES, Batch, FaultyModel, Saver, rank, train
+from tests.distributed_worker import NAN, OPTIMIZERS, Batch, FaultyModel, Saver, rank, train
 from tests.models import OptimizerFactory, ResumableLoader, make_batches, sgd
+from tests.process_pair import process_group
 
 Faults = Mapping[int, str]  # by position in the epoch: what the second process's batch brings along
 
@@ -490,24 +489,14 @@ def memory_budget(kind: str, directory: Path) -> Any:
     return rings
 
 
-def main(rank: int, directory: Path, timeout: float, *names: str) -> None:
-    """Run all scenarios, or those named, with all strategies. A hang ends the process and tells where it hung."""
-    faulthandler.dump_traceback_later(timeout, exit=True)
-    torch.set_num_threads(1)
+def main(rank: int, directory: Path, *names: str) -> None:
+    """Run all scenarios, or those named, with all strategies."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=(directory / "rendezvous").as_uri(),
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=timeout),
-    )
-    with mock.patch.object(_bundle, "plot_history"):  # pictures take long
+    with process_group(rank, directory), mock.patch.object(_bundle, "plot_history"):  # pictures take long
         for run_scenario, kinds in SCENARIOS:
             for kind in kinds if not names or run_scenario.__name__ in names else ():
                 torch.save(run_scenario(kind, directory), directory / f"{run_scenario.__name__} {kind} {rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:])
+    main(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

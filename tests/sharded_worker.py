@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import faulthandler
 import math
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +27,7 @@ from tests.contracts.clipping import CLIP_RULES, ORDINARY
 from tests.contracts.clipping import run as run_rule
 from tests.contracts.contract import sharded, whole
 from tests.gradients import gradient
+from tests.process_pair import PROCESSES, process_group
 
 NAN, INF = math.nan, math.inf
 NORM_TYPES = [1.0, 2.0, 3.5, INF]
@@ -236,24 +235,25 @@ def buffers(mesh: DeviceMesh) -> Any:
 SCENARIOS = [norms, bad_elements, scaled, clipped, untouched, changes, partial_sums, exported, two_axes, buffers]
 
 
-def run(rank: int, processes: int, directory: Path, timeout: float = 60.0) -> dict[str, Any]:
-    """Run all scenarios as one of some processes that meet in a directory."""
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{directory / f'rendezvous of {processes}'}",
-        rank=rank,
-        world_size=processes,
-        timeout=timedelta(seconds=timeout),
-    )
+def run(processes: int) -> dict[str, Any]:
+    """Run all scenarios as one of so many processes, which have met."""
+    mesh = init_device_mesh("cpu", (processes,))
+    return {scenario.__name__: scenario(mesh) for scenario in SCENARIOS}
+
+
+def alone(directory: Path) -> dict[str, Any]:
+    """Run all scenarios in this process."""
+    torch.distributed.init_process_group("gloo", init_method=(directory / "rendezvous").as_uri(), rank=0, world_size=1)
     try:
-        mesh = init_device_mesh("cpu", (processes,))
-        return {scenario.__name__: scenario(mesh) for scenario in SCENARIOS}
+        return run(1)
     finally:
         torch.distributed.destroy_process_group()
 
 
+def main(rank: int, directory: Path) -> None:
+    with process_group(rank, directory):
+        torch.save(run(PROCESSES), directory / f"{rank}.pt")
+
+
 if __name__ == "__main__":
-    rank, processes, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    faulthandler.dump_traceback_later(90, exit=True)
-    torch.set_num_threads(1)
-    torch.save(run(rank, processes, directory), directory / f"{rank}.pt")
+    main(int(sys.argv[1]), Path(sys.argv[2]))

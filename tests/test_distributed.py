@@ -5,11 +5,8 @@ One pair of processes runs all scenarios of distributed_worker.py; the tests loo
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +17,13 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests import distributed_worker as worker
 from tests.models import assert_same_bits
+from tests.process_pair import MARKS, PROCESSES, logs, outcomes, run_processes
 
-ROOT = Path(__file__).parents[1]
-HARD_TIMEOUT = 150.0  # seconds; the pair takes 20 on two free cores
 KINDS = ("ddp", "fsdp2")
 
 Outcome = Callable[[str, str], list[Any]]
 
-# The first test waits for the processes.
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="gloo meets by a file here"),
-    pytest.mark.timeout(HARD_TIMEOUT + 30),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="session")
@@ -42,29 +34,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exit_codes(directory: Path) -> list[int]:
     """Let the processes run; how they ended. Their output lies in the directory."""
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for rank in range(worker.PROCESSES):
-            log = stack.enter_context((directory / f"{rank}.log").open("w"))
-            command = [sys.executable, "-m", worker.__name__, str(rank), str(directory), str(HARD_TIMEOUT)]
-            environment = {**os.environ, "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            stack.callback(process.kill)
-            processes.append(process)
-        return [process.wait(timeout=HARD_TIMEOUT + 15) for process in processes]
+    return run_processes(worker.__name__, directory)
 
 
 @pytest.fixture(scope="session")
 def outcome(exit_codes: list[int], directory: Path) -> Outcome:
     """The results of a scenario, one for each process."""
-
-    def load(scenario: str, kind: str) -> list[Any]:
-        paths = [directory / f"{scenario} {kind} {rank}.pt" for rank in range(worker.PROCESSES)]
-        if not all(path.exists() for path in paths):
-            pytest.fail(f"{scenario} with {kind} was not finished; `test_both_processes_end_well` shows why")
-        return [torch.load(path, weights_only=False) for path in paths]
-
-    return load
+    return partial(outcomes, directory)
 
 
 @pytest.fixture(scope="session")
@@ -84,8 +60,7 @@ def shared(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_both_processes_end_well(exit_codes: list[int], directory: Path) -> None:
-    logs = "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(directory.glob("*.log")))
-    assert exit_codes == [0] * worker.PROCESSES, logs
+    assert exit_codes == [0] * PROCESSES, logs(directory)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,10 +5,6 @@ One pair of processes runs all scenarios of recovery_worker.py; the tests look a
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,22 +15,16 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from stability_callbacks.diagnosis import Bundle, Incident, bundles, read_bundle, read_incidents
 from tests import recovery_worker as worker
-from tests.distributed_worker import PROCESSES
 from tests.models import assert_same_bits, make_batches
+from tests.process_pair import MARKS, PROCESSES, logs, outcomes, run_processes
 
-ROOT = Path(__file__).parents[1]
-HARD_TIMEOUT = 200.0  # seconds; the pair takes 30 on two free cores
 KINDS = ("ddp", "fsdp2")
 STORED = [(kind, storage) for kind, storages in worker.STORAGES.items() for storage in storages]
 ON_DISK = [(kind, storage) for kind, storages in worker.ON_DISK.items() for storage in storages]
 
 Outcome = Callable[..., list[Any]]
 
-# The first test waits for the processes.
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="gloo meets by a file here"),
-    pytest.mark.timeout(HARD_TIMEOUT + 30),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="session")
@@ -45,16 +35,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exit_codes(directory: Path) -> list[int]:
     """Let the processes run; how they ended. Their output lies in the directory."""
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for rank in range(PROCESSES):
-            log = stack.enter_context((directory / f"{rank}.log").open("w"))
-            command = [sys.executable, "-m", worker.__name__, str(rank), str(directory), str(HARD_TIMEOUT)]
-            environment = {**os.environ, "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            stack.callback(process.kill)
-            processes.append(process)
-        return [process.wait(timeout=HARD_TIMEOUT + 15) for process in processes]
+    return run_processes(worker.__name__, directory)
 
 
 @pytest.fixture(scope="session")
@@ -62,10 +43,7 @@ def outcome(exit_codes: list[int], directory: Path) -> Outcome:
     """The results of a scenario, one for each process."""
 
     def load(scenario: str, kind: str = "ddp") -> list[Any]:
-        paths = [directory / f"{scenario} {kind} {rank}.pt" for rank in range(PROCESSES)]
-        if not all(path.exists() for path in paths):
-            pytest.fail(f"{scenario} with {kind} was not finished; `test_both_processes_end_well` shows why")
-        return [torch.load(path, weights_only=False) for path in paths]
+        return outcomes(directory, scenario, kind)
 
     return load
 
@@ -87,8 +65,7 @@ def bundle_of(incident: Incident, directory: Path) -> Bundle:
 
 
 def test_both_processes_end_well(exit_codes: list[int], directory: Path) -> None:
-    logs = "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(directory.glob("*.log")))
-    assert exit_codes == [0] * PROCESSES, logs
+    assert exit_codes == [0] * PROCESSES, logs(directory)
 
 
 # ---- going back

@@ -5,11 +5,6 @@ Everything runs in one process, and in two of which the second holds nothing of 
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,38 +16,26 @@ from tests import sharded_worker as worker
 from tests.contracts.clipping import CLIP_RULES, ORDINARY, run
 from tests.contracts.contract import Make
 from tests.gradients import gradient, parameter
-
-ROOT = Path(__file__).parents[1]
-TIMEOUT = 100.0  # seconds; the pair takes 8 on free cores
+from tests.process_pair import MARKS, PROCESSES, logs, run_processes
 
 Results = list[dict[str, Any]]
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo meets by a file here")
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each of two processes found."""
     directory = tmp_path_factory.mktemp("pair")
-    logs = [directory / f"{rank}.log" for rank in range(2)]
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for rank, path in enumerate(logs):
-            log = stack.enter_context(path.open("w"))
-            command = [sys.executable, "-m", worker.__name__, str(rank), "2", str(directory)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            stack.callback(process.kill)
-            processes.append(process)
-        codes = [process.wait(timeout=TIMEOUT) for process in processes]
-    assert codes == [0, 0], "\n".join(path.read_text() for path in logs)
-    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    codes = run_processes(worker.__name__, directory)
+    assert codes == [0] * PROCESSES, logs(directory)
+    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What a single process finds, on a mesh of its own."""
-    return [worker.run(0, 1, tmp_path_factory.mktemp("alone"))]
+    return [worker.alone(tmp_path_factory.mktemp("alone"))]
 
 
 @pytest.fixture(params=["alone", "pair"])

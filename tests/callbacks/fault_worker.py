@@ -56,4 +56,4 @@ def guarded(kind: str, directory: Path) -> Any:
 
 if __name__ == "__main__":
     worker.SCENARIOS[:] = [(alone, ("ddp",)), (guarded, ("ddp", "fsdp2"))]
-    worker.main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
+    worker.main(int(sys.argv[1]), Path(sys.argv[2]))

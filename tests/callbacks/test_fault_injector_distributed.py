@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +10,20 @@ import torch
 
 from stability_callbacks.faults import Injection
 from tests.callbacks import fault_worker as rehearsal
-from tests.distributed_worker import GOOD_BATCHES, PROCESSES
+from tests.distributed_worker import GOOD_BATCHES
 from tests.models import assert_same_bits
+from tests.process_pair import MARKS, PROCESSES, logs, outcomes, run_processes
 
-ROOT = Path(__file__).parents[2]
-HARD_TIMEOUT = 100.0  # seconds; the pair takes 10 on two free cores
-
-# The first test waits for the processes.
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="gloo meets by a file here"),
-    pytest.mark.timeout(HARD_TIMEOUT + 30),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the processes wrote what came out."""
     directory = tmp_path_factory.mktemp("faults")
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for rank in range(PROCESSES):
-            log = stack.enter_context((directory / f"{rank}.log").open("w"))
-            command = [sys.executable, "-m", rehearsal.__name__, str(rank), str(directory), str(HARD_TIMEOUT)]
-            environment = {**os.environ, "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            stack.callback(process.kill)
-            processes.append(process)
-        codes = [process.wait(timeout=HARD_TIMEOUT + 15) for process in processes]
-    logs = "\n".join(path.read_text()[-4000:] for path in sorted(directory.glob("*.log")))
-    assert codes == [0] * PROCESSES, logs
+    codes = run_processes(rehearsal.__name__, directory)
+    assert codes == [0] * PROCESSES, logs(directory)
     return directory
-
-
-def outcome(directory: Path, scenario: str, kind: str) -> list[Any]:
-    return [torch.load(directory / f"{scenario} {kind} {rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 
 def weights(result: Any) -> dict[str, torch.Tensor]:
@@ -63,7 +39,7 @@ def not_finite(result: Any) -> int:
 
 
 def test_a_gradient_is_hit_after_the_processes_have_reduced_it(directory: Path) -> None:
-    zero, one = outcome(directory, "alone", "ddp")
+    zero, one = outcomes(directory, "alone", "ddp")
     assert_same_bits(weights(zero["gradient on 1"]), weights(zero["none"]))
     assert not_finite(one["gradient on 1"]) == 1
     assert [not_finite(each["gradient on all"]) for each in (zero, one)] == [1, 1]
@@ -72,17 +48,17 @@ def test_a_gradient_is_hit_after_the_processes_have_reduced_it(directory: Path) 
 
 
 def test_a_learning_rate_surges_on_one_process_only(directory: Path) -> None:
-    zero, one = outcome(directory, "alone", "ddp")
+    zero, one = outcomes(directory, "alone", "ddp")
     assert_same_bits(weights(zero["rate on 1"]), weights(zero["none"]))
     assert any((weights(one["rate on 1"])[name] != value).any() for name, value in weights(one["none"]).items())
 
 
 def test_a_bad_input_on_one_process_reaches_all_through_the_gradients(directory: Path) -> None:
-    assert all(not_finite(each["input on 1"]) > 1 for each in outcome(directory, "alone", "ddp"))
+    assert all(not_finite(each["input on 1"]) > 1 for each in outcomes(directory, "alone", "ddp"))
 
 
 def test_every_process_keeps_the_whole_record(directory: Path) -> None:
-    zero, one = outcome(directory, "alone", "ddp")
+    zero, one = outcomes(directory, "alone", "ddp")
     assert {name: each["injected"] for name, each in zero.items()} == {name: one[name]["injected"] for name in one}
     assert zero["rate on 1"]["injected"] == [Injection(GOOD_BATCHES - 1, "learning_rate", 2.0, "SGD", 1)]
 
@@ -91,7 +67,7 @@ def test_every_process_keeps_the_whole_record(directory: Path) -> None:
 @pytest.mark.parametrize("target", rehearsal.TARGETS)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_fault_on_any_process_is_skipped_by_all(kind: str, target: str, rank: int | None, directory: Path) -> None:
-    for result in outcome(directory, "guarded", kind):
+    for result in outcomes(directory, "guarded", kind):
         faulty, clean = result[target, rank], result["clean"]
         assert [(each.step, each.target, each.rank) for each in faulty["injected"]] == [
             (rehearsal.FAULTY_STEP, target, rank)

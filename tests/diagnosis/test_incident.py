@@ -71,7 +71,7 @@ def test_json_keeps_everything(value: Incident) -> None:
 
 
 @given(st.lists(incidents, max_size=5))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=20)
 def test_files_keep_everything(tmp_path: Path, values: list[Incident]) -> None:
     path = tmp_path / "incidents.jsonl"
     path.write_bytes(b"")

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stability_callbacks.histograms import Histograms, _measure, measure_histograms
 from stability_callbacks.histograms._sample import sampling_stride
 
-ROOT = Path(__file__).parents[2]
 FIELDS = ("minimum", "maximum", "count", "sum", "sum_squares", "nonfinite", "edges", "bucket_counts")
 seeds = st.integers(0, 2**32 - 1)
 
@@ -304,76 +298,3 @@ class TestBadArguments:
     def test_a_gradient_that_is_none(self) -> None:
         with pytest.raises(TypeError, match=r"`named_tensors` must be pairs of a name and a tensor, got None"):
             measure_histograms([("w", None)])
-
-
-class TestShards:
-    def test_two_processes(self, tmp_path: Path) -> None:
-        """Both run `check_shards` below."""
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-        command = [sys.executable, __file__, str(tmp_path / "store")]
-        ranks = [
-            subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-            for rank in range(2)
-        ]
-        errors = [rank.communicate(timeout=100)[1] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-
-
-def check_shards(store: str, rank: int) -> None:
-    """Every process has the histograms of the whole tensors, whatever their placement."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-
-    torch.set_num_threads(1)
-    # If one process fails, the other is not to wait for it long.
-    timeout = timedelta(seconds=30)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
-    mesh = init_device_mesh("cpu", (2,))
-    torch.manual_seed(0)
-    uneven = torch.randn(101, 7)
-    uneven[3, 2], uneven[100, 6] = math.nan, math.inf
-    # One row for two processes: the second has an empty shard.
-    small = torch.randn(1, 500).bfloat16()
-    columns = torch.randn(40, 30, dtype=torch.float64)
-    whole = [("uneven", uneven), ("small", small), ("columns", columns), ("copies", uneven), ("terms", 2 * columns)]
-    placed = [
-        ("uneven", distribute_tensor(uneven, mesh, [Shard(0)])),
-        ("small", distribute_tensor(small, mesh, [Shard(0)])),
-        ("columns", distribute_tensor(columns, mesh, [Shard(1)])),
-        ("copies", distribute_tensor(uneven, mesh, [Replicate()])),
-        ("terms", DTensor.from_local(columns, mesh, [Partial()])),
-    ]
-    ours, expected = measure_histograms(placed), measure_histograms(whole)
-    assert ours.count.tolist() == expected.count.tolist()
-    for field in FIELDS:
-        torch.testing.assert_close(getattr(ours, field), getattr(expected, field), rtol=1e-5, atol=1e-5, msg=field)
-    assert ours.bucket_counts.sum(dim=1).tolist() == [705, 500, 1200, 705, 1200]
-    assert ours.nonfinite.tolist() == [2, 0, 0, 2, 0]
-
-    # To the last bit the same everywhere, or a decision made of them might not be.
-    tables = [torch.empty_like(ours.pack()) for _ in range(2)]
-    dist.all_gather(tables, ours.pack())
-    assert torch.equal(tables[0], tables[1])
-
-    # The sample is drawn at one stride on all processes.
-    sampled = measure_histograms(placed, max_elements=100)
-    assert ((sampled.count > 0) & (sampled.count <= 102)).all()
-    assert sampled.nonfinite.tolist() == [2, 0, 0, 2, 0]
-
-    reductions = 0
-    all_reduce = dist.all_reduce
-
-    def counting(*args: object, **kwargs: object) -> object:
-        nonlocal reductions
-        reductions += 1
-        return all_reduce(*args, **kwargs)
-
-    dist.all_reduce = counting
-    measure_histograms([(f"{i}", distribute_tensor(columns, mesh, [Shard(0)])) for i in range(20)])
-    assert reductions == 3
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    check_shards(sys.argv[1], int(sys.argv[2]))

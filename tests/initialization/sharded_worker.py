@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from stability_callbacks.initialization import LSUV, Auto, Kaiming, Orthogonal, Policy, TruncNormal
+from tests.process_pair import process_group
 
-PROCESSES = 2
 POLICIES: dict[str, Policy] = {
     "auto": Auto(),
     "kaiming": Kaiming(mode="fan_out"),
@@ -64,15 +62,13 @@ def shard(model: Model) -> Model:
     return model
 
 
-def main(rank: int, directory: Path, timeout: float) -> None:
-    faulthandler.dump_traceback_later(timeout, exit=True)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=(directory / "rendezvous").as_uri(),
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=timeout),
-    )
+def main(rank: int, directory: Path) -> None:
+    with process_group(rank, directory):
+        torch.save(run(), directory / f"{rank}.pt")
+
+
+def run() -> dict[str, object]:
+    """Initialize sharded models by every policy."""
     results: dict[str, object] = {name: initialize(shard(build()), policy) for name, policy in POLICIES.items()}
     results["bfloat16"] = initialize(shard(build(torch.bfloat16)), Auto())
 
@@ -86,9 +82,8 @@ def main(rank: int, directory: Path, timeout: float) -> None:
         LSUV().apply(sharded, torch.tensor([[1, 2]]))
     except ValueError as error:
         results["lsuv"] = str(error)
-    torch.save(results, directory / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,32 +9,18 @@ import torch
 
 from stability_callbacks.initialization import Auto, Policy
 from tests.initialization import sharded_worker as worker
+from tests.process_pair import MARKS, PROCESSES, logs, run_processes
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 60.0
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo's file rendezvous")
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process wrote down."""
     directory = tmp_path_factory.mktemp("sharded")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    commands = [
-        [sys.executable, "-m", worker.__name__, str(rank), str(directory), str(TIMEOUT)]
-        for rank in range(worker.PROCESSES)
-    ]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for command in commands
-    ]
-    try:
-        errors = [process.communicate(timeout=TIMEOUT + 10)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * worker.PROCESSES, "\n".join(errors)
-    return [torch.load(directory / f"{rank}.pt") for rank in range(worker.PROCESSES)]
+    codes = run_processes(worker.__name__, directory)
+    assert codes == [0] * PROCESSES, logs(directory)
+    return [torch.load(directory / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
 @pytest.mark.parametrize("case", [*worker.POLICIES, "bfloat16"])

@@ -32,6 +32,7 @@ def run(output: Path, name: str) -> Run:
     return Run.load(output / name / "seed-0" / "run.json")
 
 
+@pytest.mark.slow
 def test_every_scenario_is_trained_plain_and_healed(tmp_path: Path) -> None:
     pytest.importorskip("mlxtend")
     # No --healed.schedule here: it would bring a schedule into scenarios that have none.
