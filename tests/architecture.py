@@ -45,6 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "callbacks": (
         "_patterns",
         "_validation",
+        "activations",
         "clipping",
         "detection",
         "diagnosis",

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from stability_callbacks._validation import check_instance
+from stability_callbacks.activations import named_modules
 from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, StepClock, Training
 from stability_callbacks.engine._lightning import should_accumulate
 from stability_callbacks.faults import (
@@ -219,7 +220,7 @@ class FaultInjector(StabilityCallback):
         if target == "weight":
             return self.training.named_parameters
         if target == "buffer":
-            return self.training.module.named_buffers()
+            return self.training.named_buffers
         return [
             named
             for step in self.training.steps.values()
@@ -316,8 +317,8 @@ def _check_fit(fault: Fault, training: Training) -> None:
             f"`rank` must be < {world_size}, the number of processes, got rank={fault.rank} in {fault!r}"
         )
     all_names = {
-        "activation": [name for name, _ in module.named_modules() if name],
-        "buffer": [name for name, _ in module.named_buffers()],
+        "activation": [name for name, _ in named_modules(module) if name],
+        "buffer": [name for name, _ in training.named_buffers],
         "gradient": [name for name, parameter in training.named_parameters if parameter.requires_grad],
         "weight": [name for name, _ in training.named_parameters],
     }

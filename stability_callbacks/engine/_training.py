@@ -111,6 +111,11 @@ class Training:
         return [(plain_name(name), parameter) for name, parameter in self.module.named_parameters()]
 
     @property
+    def named_buffers(self) -> list[tuple[str, Tensor]]:
+        """The model's buffers, shared ones once, named likewise."""
+        return [(plain_name(name), buffer) for name, buffer in self.module.named_buffers()]
+
+    @property
     def buffers(self) -> BufferBackup | None:
         """The backup of the model's buffers, if a callback asked for one."""
         return self.window.buffers

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import SGD, AdamW
 
 from stability_callbacks import FaultInjector, GradientClipping, GradientMonitor, StepGuard
@@ -716,3 +717,21 @@ def test_is_configured_from_yaml() -> None:
         Fault("weight", "-inf", steps=7, rank=0),
     ]
     assert repr(parser.instantiate(config).callback.faults) == repr(expected)
+
+
+class Checkpointed(NormNet):
+    """Its batch norm is wrapped, which puts a segment into its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[1] = checkpoint_wrapper(self.net[1])
+
+
+@pytest.mark.parametrize(
+    ("target", "where", "name"),
+    [("activation", r"^net\.1$", "net.1"), ("buffer", r"^net\.1\.running_var$", "net.1.running_var")],
+)
+def test_wrapped_modules_go_by_their_plain_names(target: str, where: str, name: str) -> None:
+    injector = FaultInjector(Fault(target, "nan", steps=1, where=where))  # type: ignore[arg-type]
+    fit(Checkpointed(), make_batches(3), [injector, StepGuard()])
+    assert [injection.where for injection in injector.injected] == [name]
