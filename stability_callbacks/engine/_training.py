@@ -74,10 +74,13 @@ class Training:
         self.trainer = trainer
         self.module = module
         self.processes = Processes(trainer)
-        self.window = AccumulationWindow(
-            module, manual=not module.automatic_optimization, results=lambda: training_results(trainer)
-        )
         self.steps: dict[Optimizer, OptimizerStep] = {}
+        self.window = AccumulationWindow(
+            module,
+            manual=not module.automatic_optimization,
+            results=lambda: training_results(trainer),
+            trained=lambda: {id(each) for step in self.steps.values() for _, each in step.parameters},
+        )
         self.loggers = loggers
         self.report = report
         self.batch_idx = 0

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple, Protocol
 from weakref import ref
 
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from stability_callbacks.engine._metric_backup import MetricBackup
+from stability_callbacks.engine._moving_parameters import MovingParameters
 from stability_callbacks.snapshots import BufferBackup
 
 __all__ = ["AccumulationWindow"]
 
 
+class _Backup(Protocol):
+    def refresh(self) -> None: ...
+    def take(self) -> None: ...
+    def restore(self) -> None: ...
+    def restorable_where(self) -> bool: ...
+    def restore_where(self, condition: Tensor) -> None: ...
+
+
 class AccumulationWindow:
-    """Adds up the losses of a window, and keeps the model's buffers and metrics as they were when it began.
+    """Adds up the losses of a window, and keeps buffers, metrics and moving parameters as they were when it began.
 
     In automatic optimization Lightning zeroes the gradients where ``batch_idx`` is a multiple of the window's size,
     also where an epoch ended inside of a window. In manual optimization a window begins after each step. Forward passes
@@ -27,32 +36,40 @@ class AccumulationWindow:
         module: The model.
         manual: Whether it optimizes manually.
         results: Gives Lightning's metrics of the training epoch.
+        trained: Gives the ``id`` of each parameter that an optimizer has.
 
     Attributes:
         buffers: The backup of the model's buffers, if a callback asked for one.
     """
 
-    def __init__(self, module: nn.Module, manual: bool, results: Callable[[], Iterable[Metric]]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        manual: bool,
+        results: Callable[[], Iterable[Metric]],
+        trained: Callable[[], Collection[int]],
+    ) -> None:
         self._module = module
         self._manual = manual
         self._results = results
+        self._trained = trained
         self._open = False
         self._loss: Tensor | None = None
         self._gradients: dict[int, _Mark] = {}
-        self._metrics: MetricBackup | None = None
-        self._between: tuple[BufferBackup, MetricBackup] | None = None
+        self._others: tuple[MetricBackup, MovingParameters] | None = None
+        self._between: tuple[BufferBackup, MetricBackup, MovingParameters] | None = None
         self._between_taken = False
         self.buffers: BufferBackup | None = None
 
     def protect(self, buffers: bool) -> None:
-        """From now on back up the metrics and, if asked for, the buffers."""
-        self._metrics = MetricBackup(self._module, self._results)
+        """From now on back up metrics and moving parameters and, if asked for, the buffers."""
+        self._others = self._new_backups()
         if buffers and self.buffers is None:
             self.buffers = BufferBackup(self._module)
 
     def release(self) -> None:
         """Let go of all copies."""
-        self.buffers = self._metrics = self._between = None
+        self.buffers = self._others = self._between = None
 
     def on_batch(self, batch_idx: int, size: int) -> bool:
         """A micro-batch starts; open a window if one begins with it.
@@ -98,14 +115,12 @@ class AccumulationWindow:
 
     def pause(self) -> None:
         """A micro-batch is over and the window is not: what others write until the next one is not to be undone."""
-        if not self._open or self._metrics is None:
+        if not self._open or self._others is None:
             return
         if self._between is None:
-            self._between = BufferBackup(self._module), MetricBackup(self._module, self._results)
-        buffers, metrics = self._between
-        if self.buffers is not None:
-            buffers.take()
-        metrics.take()
+            self._between = BufferBackup(self._module), *self._new_backups()
+        for backup in self._between[0 if self.buffers is not None else 1 :]:
+            backup.take()
         self._between_taken = True
 
     def restorable_on_device(self) -> bool:
@@ -154,17 +169,21 @@ class AccumulationWindow:
                 if parameter.grad is not None
             }
 
-    def _backups(self) -> list[BufferBackup | MetricBackup]:
-        return [each for each in (self.buffers, self._metrics) if each is not None]
+    def _new_backups(self) -> tuple[MetricBackup, MovingParameters]:
+        return MetricBackup(self._module, self._results), MovingParameters(self._module, self._trained)
+
+    def _backups(self) -> list[_Backup]:
+        return [*([] if self.buffers is None else [self.buffers]), *(self._others or ())]
 
     def _adopt(self) -> None:
-        if self._between is None or not self._between_taken or self._metrics is None:
+        if self._between is None or not self._between_taken or self._others is None:
             return
         self._between_taken = False
-        buffers, metrics = self._between
+        buffers, metrics, parameters = self._between
         if self.buffers is not None:
             self.buffers.adopt_changes_since(buffers)
-        self._metrics.adopt_changes_since(metrics)
+        self._others[0].adopt_changes_since(metrics)
+        self._others[1].adopt_changes_since(parameters)
 
 
 class _Mark(NamedTuple):

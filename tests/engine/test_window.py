@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from stability_callbacks import FlightRecorder, StepGuard
 from stability_callbacks.detection import InputRange, NonFinite
 from stability_callbacks.diagnosis import read_incidents
 from stability_callbacks.engine._metric_backup import MetricBackup
+from stability_callbacks.engine._moving_parameters import MovingParameters
 from tests.models import (
     NormNet,
     TwoOptimizers,
@@ -305,3 +307,62 @@ def test_gradients_that_a_loss_scaler_left_behind_are_no_window(tmp_path: Any) -
     guard = StepGuard([InputRange(), NonFinite()])
     fit(seeded(TwoOptimizers), batches, [guard], plugins=[fp16()])
     assert guard.skipped_steps == 2  # both optimizers' steps on the poisoned batch, and none on the next
+
+
+# ---- parameters that no optimizer trains
+
+
+class Teaches(NormNet):
+    """Moves a teacher in its training step, as momentum contrast and mean teachers do."""
+
+    how = "lerp"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+    def loss(self, batch: Any) -> Tensor:
+        with torch.no_grad():
+            for slow, fast in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                if self.how == "lerp":
+                    slow.lerp_(fast, 0.1)
+                elif self.how == "data":
+                    slow.data.mul_(0.9).add_(0.1 * fast.detach().data)
+                else:
+                    slow.data = 0.9 * slow.data + 0.1 * fast.data
+        target = self.teacher(torch.nan_to_num(batch[0])).detach()
+        return super().loss(batch) + (self.net(batch[0]) - target).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), lr=0.05, fused=self.fused)
+
+    fused = False
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("how", ["lerp", "data", "assign"])
+@pytest.mark.parametrize("place", [0, 2, 8])
+def test_a_skipped_batch_does_not_move_a_teacher(place: int, how: str, accumulate: int, fused: bool) -> None:
+    def train(batches: Any, *callbacks: Any) -> Any:
+        model = seeded(Teaches)
+        model.how, model.fused = how, fused
+        return run(model, batches, callbacks, accumulate_grad_batches=accumulate)["model"]
+
+    batches = make_batches(12)
+    bad = [poison(batches[0])] * accumulate
+    guard = StepGuard()
+    assert_same_bits(train([*batches[:place], *bad, *batches[place:]], guard), train(batches))
+    assert guard.skipped_steps == 1
+
+
+def test_a_frozen_backbone_is_not_copied_in_each_step() -> None:
+    head, backbone = nn.Linear(2, 2), nn.Linear(100, 100).requires_grad_(False)
+    small = nn.Linear(2, 2).requires_grad_(False)
+    trained = {id(each) for each in head.parameters()}
+    assert not MovingParameters(nn.ModuleList([head, backbone]), lambda: trained)._watched
+    still = MovingParameters(nn.ModuleList([head, small]), lambda: trained)
+    for _ in range(4):
+        still.take()
+    assert not still._watched
