@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from stability_callbacks.gradient_pass import group_by_device_and_dtype
 
@@ -103,8 +103,8 @@ class MovingParameters:
 
 
 def _candidates(module: nn.Module, trained: Collection[int]) -> list[Tensor]:
-    parameters: list[Tensor] = [each for each in module.parameters() if not is_lazy(each)]
-    parameters = [each for each in parameters if not isinstance(each, DTensor)]
+    tensors: Iterable[Tensor] = module.parameters()
+    parameters = [each for each in tensors if not isinstance(each, DTensor | UninitializedParameter)]
     free = [each for each in parameters if id(each) not in trained]
     size = sum(each.numel() for each in parameters if id(each) in trained)
     return free if sum(each.numel() for each in free) <= _LARGEST * size else []
