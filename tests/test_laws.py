@@ -50,6 +50,9 @@ from tests.models import (
     training_state,
 )
 
+# Two of a class in one list are wanted here.
+pytestmark = pytest.mark.filterwarnings("ignore:There are 2 (guards|clippings)")
+
 NAN, INF = float("nan"), float("inf")
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

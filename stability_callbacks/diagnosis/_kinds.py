@@ -108,10 +108,10 @@ class Kind:
         >>> kind = Kind("slow_batch", "info", color="#008080", title="A batch came late", remedies=("Add workers.",))
         >>> kind.wording().remedies
         ('Add workers.',)
-        >>> Kind("slow batch")
+        >>> Kind("slow: batch")
         Traceback (most recent call last):
         ...
-        ValueError: `name` must be words of ASCII letters, digits, underscores and hyphens, got 'slow batch'
+        ValueError: `name` must be words of ASCII letters, digits, underscores and hyphens, got 'slow: batch'
     """
 
     name: str
@@ -206,6 +206,7 @@ def kind_of(name: str) -> Kind:
         name: The name, as a detector or a record gives it. If it is no word, the kind is called ``"other"``.
 
     Example:
+        >>> from stability_callbacks.diagnosis import kind_of
         >>> kind_of("nonfinite").severity, kind_of("made_up").severity
         ('error', 'warning')
     """

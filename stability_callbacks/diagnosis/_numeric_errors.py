@@ -37,7 +37,7 @@ _NEVER = (torch.OutOfMemoryError, NotImplementedError, RecursionError)
 _MOST_TENSORS = 64
 
 
-def numeric_fault(error: BaseException) -> str | None:
+def numeric_fault(error: BaseException, nearby: bool = True) -> str | None:
     """Why an exception is the work of numbers that are not finite or out of an operation's domain, if it can be told.
 
     Argument checks of ``torch.distributions``, a Cholesky factorization of a matrix that is not positive definite,
@@ -47,6 +47,7 @@ def numeric_fault(error: BaseException) -> str | None:
 
     Args:
         error: The exception, with its traceback.
+        nearby: Whether a tensor nearby counts, too. Default True.
 
     Returns:
         The reason in words; None if it is an error of the code, or can't be told.
@@ -66,7 +67,7 @@ def numeric_fault(error: BaseException) -> str | None:
     said = f"{type(error).__name__}: {text}"
     if isinstance(error, (_LINEAR_ALGEBRA, ZeroDivisionError, FloatingPointError)) or _OF_NUMBERS.search(text):
         return said
-    if _OF_CODE.search(text):
+    if not nearby or _OF_CODE.search(text):
         return None
     for name, tensor in _tensors(error.__traceback__):
         if not is_finite(tensor):

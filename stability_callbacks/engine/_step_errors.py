@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, update_wrapper
+from types import MethodType
 from typing import Any
 
 import torch
@@ -43,34 +44,19 @@ class StepErrors:
         self._on_error = on_error
         self._drop_step = drop_step
         self._put_back: list[Callable[[], None]] = []
-        self._wrap(training.module, "training_step", self._after_step_failed)
+        self._wrap(training.module, "training_step", self._after_step_failed, nearby=True)
         if not training.processes.several:  # of several, one that breaks off would leave the others waiting
-            self._wrap(training.trainer.strategy, "backward", self._after_backward_failed)
+            self._wrap(training.trainer.strategy, "backward", self._after_backward_failed, nearby=False)
 
     def remove(self) -> None:
         """Give model and strategy their own methods back."""
         while self._put_back:
             self._put_back.pop()()
 
-    def _wrap(self, owner: Any, name: str, recover: Callable[..., Any]) -> None:
-        method, attributes = getattr(owner, name), vars(owner)
+    def _wrap(self, owner: Any, name: str, recover: Callable[..., Any], nearby: bool) -> None:
+        attributes = vars(owner)
         before = attributes.get(name)
-
-        @wraps(method)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return method(*args, **kwargs)
-            except Exception as error:
-                reason = numeric_fault(error)
-                line = raising_line(error)
-                source = None if line is None else str(line)
-                if reason is None or not self._catches or self._is_sharded():
-                    self._on_error(StepError(reason or f"{type(error).__name__}: {error}".splitlines()[0], source))
-                    raise
-                self._training.errors[self._training.trainer.global_step] = StepError(reason, source)
-                return recover(*args, **kwargs)
-
-        guarded.unguarded = method  # type: ignore[attr-defined]  # for those who want to see the exception
+        attributes[name] = _Guarded(owner, name, partial(self._on_exception, recover, nearby))
 
         def put_back() -> None:
             if before is None:
@@ -78,16 +64,24 @@ class StepErrors:
             else:
                 attributes[name] = before
 
-        attributes[name] = guarded
         self._put_back.append(put_back)
 
-    def _after_step_failed(self, *args: Any, **kwargs: Any) -> Tensor | None:
+    def _on_exception(self, recover: Callable[..., Any], nearby: bool, error: Exception, *args: Any) -> Any:
+        reason, line = numeric_fault(error, nearby), raising_line(error)
+        source = None if line is None else str(line)
+        if reason is None or not self._catches or self._is_sharded():
+            self._on_error(StepError(reason or f"{type(error).__name__}: {error}".splitlines()[0], source))
+            raise error
+        self._training.errors[self._training.trainer.global_step] = StepError(reason, source)
+        return recover(*args)
+
+    def _after_step_failed(self, *args: Any) -> Tensor | None:
         if self._training.module.automatic_optimization:
             return _nan_loss(self._trained())
         self._drop_step()
         return None
 
-    def _after_backward_failed(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    def _after_backward_failed(self, *args: Any) -> None:
         for parameter in self._trained():
             parameter.grad = torch.full_like(parameter, math.nan)
 
@@ -99,6 +93,26 @@ class StepErrors:
 
     def _is_sharded(self) -> bool:
         return any(isinstance(parameter, DTensor) for parameter in self._training.module.parameters())
+
+
+class _Guarded:
+    """A method that hides another one of the same name; copies and pickles of its owner get that one."""
+
+    def __init__(self, owner: Any, name: str, on_exception: Callable[..., Any]) -> None:
+        self.unguarded = getattr(owner, name)
+        self._owner = owner
+        self._name = name
+        self._on_exception = on_exception
+        update_wrapper(self, self.unguarded)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.unguarded(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001  # it goes on where it is not caused by numbers
+            return self._on_exception(error, *args)
+
+    def __reduce__(self) -> Any:
+        return MethodType, (getattr(type(self._owner), self._name), self._owner)
 
 
 def _nan_loss(parameters: list[Tensor]) -> Tensor:

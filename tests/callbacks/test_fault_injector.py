@@ -727,11 +727,7 @@ class Checkpointed(NormNet):
         self.net[1] = checkpoint_wrapper(self.net[1])
 
 
-@pytest.mark.parametrize(
-    ("target", "where", "name"),
-    [("activation", r"^net\.1$", "net.1"), ("buffer", r"^net\.1\.running_var$", "net.1.running_var")],
-)
-def test_wrapped_modules_go_by_their_plain_names(target: str, where: str, name: str) -> None:
-    injector = FaultInjector(Fault(target, "nan", steps=1, where=where))  # type: ignore[arg-type]
+def test_wrapped_modules_go_by_their_plain_names() -> None:
+    injector = FaultInjector(Fault("buffer", "nan", steps=1, where=r"^net\.1\.running_var$"))
     fit(Checkpointed(), make_batches(3), [injector, StepGuard()])
-    assert [injection.where for injection in injector.injected] == [name]
+    assert [injection.where for injection in injector.injected] == ["net.1.running_var"]

@@ -28,6 +28,9 @@ from tests.models import (
     sgd,
 )
 
+# Two of a class in one list are wanted here.
+pytestmark = pytest.mark.filterwarnings("ignore:There are 2 (guards|clippings)")
+
 NAN, INF = float("nan"), float("inf")
 
 

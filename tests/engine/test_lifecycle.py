@@ -31,6 +31,9 @@ from tests.models import (
     training_state,
 )
 
+# Two of a class in one list are wanted here.
+pytestmark = pytest.mark.filterwarnings("ignore:There are 2 (guards|clippings)")
+
 
 def run(model: pl.LightningModule, batches: Any, callbacks: Any = (), **arguments: Any) -> Any:
     return training_state(model, fit(model, batches, callbacks, **arguments))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import lightning.pytorch as pl
@@ -131,3 +133,19 @@ def test_the_model_gets_its_own_step_back() -> None:
     trainer = fit(model, make_batches(2), stability_suite("mlp"))
     assert "training_step" not in vars(model)
     assert "backward" not in vars(trainer.strategy)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_in_the_middle_of_training_trains_itself(copied: Any) -> None:
+    class Copies(pl.Callback):
+        copies: list[pl.LightningModule]
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            self.copies = [copied(pl_module)]
+
+    copies = Copies()
+    fit(Likelihood(), make_batches(2), [StepGuard(), copies])
+    [model] = copies.copies
+    assert model.training_step.__self__ is model
+    with pytest.raises(ValueError, match="to satisfy the constraint"):
+        model.loss(poison(make_batches(1)[0]))
