@@ -112,7 +112,11 @@ class _Guarded:
             return self._on_exception(error, *args)
 
     def __reduce__(self) -> Any:
-        return MethodType, (getattr(type(self._owner), self._name), self._owner)
+        return _bound, (getattr(type(self._owner), self._name), self._owner)
+
+
+def _bound(function: Callable[..., Any], owner: Any) -> Any:
+    return MethodType(function, owner)
 
 
 def _nan_loss(parameters: list[Tensor]) -> Tensor:
