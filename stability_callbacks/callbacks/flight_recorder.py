@@ -103,6 +103,7 @@ class FlightRecorder(StabilityCallback):
     _window: list[_MicroBatch]
     _pending: dict[tuple[str | None, int], list[_MicroBatch]]
     _queue: list[Incident]
+    _causes: dict[str, list[Cause]]
     _directory: Path
     _warned: bool
 
@@ -196,8 +197,7 @@ class FlightRecorder(StabilityCallback):
         else:
             self._queue.append(incident)
 
-    def after_batch(self, training: Training) -> None:
-        # In canonical order this comes before a rollback, so the weights are still those of the step.
+    def examine(self, training: Training) -> None:
         self._write_queue(training, trace=self.trace)
 
     def finish_training(self, training: Training) -> None:
@@ -231,8 +231,12 @@ class FlightRecorder(StabilityCallback):
         window = self._pending.pop((incident.optimizer, incident.step), [])
         cause = None
         nonfinite = "nonfinite" in str(incident.evidence.get("votes"))
-        if trace and window and found_here and nonfinite and self._few_of(incident.kind):
-            cause = self._find_cause(training, window)
+        if trace and window and found_here and nonfinite:
+            if self._few_of(incident.kind):
+                cause = self._find_cause(training, window)
+                self._causes.setdefault(incident.kind, []).append(cause)
+            else:
+                cause = _shared(self._causes.get(incident.kind, []))
         # Gradients that one process has ruined are ruined in all: what tells them apart is where the fault came up
         # again, and where the batch or the process's own loss shows it.
         reproduced = cause is not None and cause.reproduced
@@ -242,11 +246,12 @@ class FlightRecorder(StabilityCallback):
         began_in = [rank for rank, each in enumerate(signs) if each == max(signs)]
         if not training.processes.several or training.processes.rank == began_in[0]:
             incident = self._with_bundle(training, incident, window, cause)
-        if not training.processes.several:
-            return incident
-        incident = training.processes.gather(incident)[began_in[0]]
-        if len(began_in) > 1 and any(max(signs)[:2]):
-            incident.evidence["ranks"] = ", ".join(map(str, began_in))
+        if training.processes.several:
+            incident = training.processes.gather(incident)[began_in[0]]
+            if len(began_in) > 1 and any(max(signs)[:2]):
+                incident.evidence["ranks"] = ", ".join(map(str, began_in))
+        if incident.evidence.get("phase"):  # a cause was found
+            training.causes[incident.optimizer, incident.step] = str(incident.evidence["cause"])
         return incident
 
     def _with_bundle(
@@ -337,6 +342,8 @@ class FlightRecorder(StabilityCallback):
         before = self._summary.get(incident.kind)
         place = (incident.source or "").partition(" in ")[0]
         where = ", ".join(filter(None, [incident.module, incident.operation, place]))
+        if not where and incident.evidence.get("phase"):  # in the batch, say
+            where = str(incident.evidence["cause"]).partition(" held ")[0]
         if before is None:
             self._summary[incident.kind] = _Summary(1, incident.step, incident.step, where, incident.bundle or "")
         else:
@@ -368,6 +375,7 @@ class FlightRecorder(StabilityCallback):
 
     def _reset(self) -> None:
         self._summary = {}
+        self._causes = {}
         self._warned = False
         self._forget()
 
@@ -399,6 +407,16 @@ class _Alone(TorchDispatchMode):
             name = func.overloadpacket.__name__
             raise RuntimeError(f"this step needs all processes ({name}), and one can't run it alone")
         return func(*args, **(kwargs or {}))
+
+
+def _shared(causes: Sequence[Cause]) -> Cause | None:
+    """The cause of an incident that is not searched: the one that those of its kind share which were."""
+    if not causes:
+        return None
+    last, places = causes[-1], {(each.phase, each.module, each.operation) for each in causes}
+    if len(places) > 1:
+        return _not_found(f"not looked for again: the {len(causes)} before began in {len(places)} places")
+    return last._replace(explanation=f"not looked for again; the {len(causes)} before: {last.explanation}")
 
 
 def _not_found(explanation: str) -> Cause:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from stability_callbacks._validation import check_bool, check_instance, check_integer, check_number
@@ -24,6 +24,11 @@ _log = logging.getLogger(__name__)
 
 # Skips are announced one by one up to this number, then only when it has grown tenfold.
 _ANNOUNCED_SKIPS = 10
+
+_WHAT_TO_DO = (
+    "The weights are those after the last good step. Look for bad input data, lower the learning rate, clip gradients "
+    "harder, or raise the limit."
+)
 
 
 class StepGuard(StabilityCallback):
@@ -71,7 +76,8 @@ class StepGuard(StabilityCallback):
     _skipped_steps: int
     _consecutive_skips: int
     _recent: deque[bool]
-    _diverged: str | None
+    _diverged: tuple[str, StepRecord] | None
+    _unannounced: list[tuple[StepRecord, str, int]]
     _detectors_of_optimizer: list[list[Detector]]
     _input_magnitude: Tensor | None
     _warned_of_inputs: bool
@@ -209,16 +215,30 @@ class StepGuard(StabilityCallback):
         self._skipped_steps += 1
         self._consecutive_skips += 1
         if self._skipped_steps <= _ANNOUNCED_SKIPS or str(self._skipped_steps).strip("0") == "1":
-            self._announce(record)
+            self._unannounced.append((record, self._describe(record), self._skipped_steps))
         if self._lifecycle is not None:
             found = self._found.get(record.optimizer)
             evidence = {} if found is None else found.evidence()
             self.training.report(self.training.step_incident(record, "skipped", evidence))
-        if self._diverged is None:
-            self._diverged = self._judge(record)
+        if self._diverged is None and (reason := self._judge(record)):
+            self._diverged = reason, record
+
+    def announce(self, training: Training) -> None:
+        announcements, self._unannounced = self._unannounced, []
+        if training.processes.is_first:
+            for record, what, number in announcements:
+                _log.warning("Skipped %s%s. %d skipped so far.", what, _cause_of(record, training), number)
+                if number == _ANNOUNCED_SKIPS:
+                    _log.warning("Further skips are only counted, in stability/skipped_steps and in the record.")
+
+    def finish_training(self, training: Training) -> None:
+        self.announce(training)
 
     def divergence(self) -> str | None:
-        return self._diverged
+        if self._diverged is None:
+            return None
+        reason, record = self._diverged
+        return f"{reason}{_cause_of(record, self.training)}. {_WHAT_TO_DO}"
 
     def device_scalars(self) -> list[tuple[Sequence[str], Tensor]]:
         scale, self._loss_scale = self._loss_scale, None
@@ -238,11 +258,7 @@ class StepGuard(StabilityCallback):
             )
         else:
             return None
-        return (
-            f"Training has diverged: {what}. The last one was {self._describe(record)}. The weights are those "
-            "after the last good step. Look for bad input data, lower the learning rate, clip gradients harder, or "
-            "raise the limit."
-        )
+        return f"Training has diverged: {what}. The last one was {self._describe(record)}"
 
     def _describe(self, record: StepRecord) -> str:
         where = f"step {record.global_step} (epoch {record.epoch}, batch {record.batch_idx}, {record.optimizer})"
@@ -251,10 +267,6 @@ class StepGuard(StabilityCallback):
         found = self._found.get(record.optimizer)
         return f"{where}, {seen}{elsewhere}{'' if found is None else found.describe()}"
 
-    @rank_zero_only
-    def _announce(self, record: StepRecord) -> None:
-        _log.warning("Skipped %s. %d skipped so far.", self._describe(record), self._skipped_steps)
-
     def _reset(self) -> None:
         self._skipped_steps = 0
         self._consecutive_skips = 0
@@ -262,6 +274,7 @@ class StepGuard(StabilityCallback):
         self._detectors_of_optimizer = []
         self._found = {}
         self._warned_of_inputs = False
+        self._unannounced = []
         self._diverged = self._suspects = self._evidence = self._input_magnitude = self._loss_scale = None
 
 
@@ -310,6 +323,11 @@ class _Suspects(NamedTuple):
         if buffers:
             text += f"; non-finite buffers {', '.join(buffers[:3])}{' ...' if len(buffers) > 3 else ''}"
         return text
+
+
+def _cause_of(record: StepRecord, training: Training) -> str:
+    cause = training.causes.get((record.optimizer, record.global_step))
+    return "" if cause is None else f"; cause: {cause}"
 
 
 def _vote_of(detector: Detector, evidence: StepEvidence) -> Tensor:

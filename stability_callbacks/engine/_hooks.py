@@ -144,6 +144,12 @@ class StepHooks:
     def on_incident(self, incident: Incident) -> None:
         """Read of an intervention."""
 
+    def examine(self, training: Training) -> None:
+        """Look for the causes of incidents, while the state of training is still the one that they happened in."""
+
+    def announce(self, training: Training) -> None:
+        """Tell the user of what happened, with its cause."""
+
     def after_batch(self, training: Training) -> None:
         """Act on the state of training, once a batch with a step is over and on record as far as the host knows."""
 

@@ -168,6 +168,7 @@ class StepLifecycle:
             self._close_batch()
         if self._stepped:
             self._stepped = False
+            self._tell()
             for callback in self._participants["after_batch"]:
                 callback.after_batch(self.training)
         self._raise_if_diverged()
@@ -175,6 +176,7 @@ class StepLifecycle:
     def end_epoch(self) -> None:
         """Read the records of all steps of the epoch."""
         self.read_records()
+        self._tell()
         self._raise_if_diverged()
         if self._lives and not self._steps_seen and not self._warned_of_bypass:
             self._warn_of_bypass("no step of an optimizer was seen in a whole epoch")
@@ -354,6 +356,13 @@ class StepLifecycle:
             "optimizers that `self.optimizers()` returns (not `optimizer.optimizer`) and call "
             "`self.manual_backward(loss)`."
         )
+
+    def _tell(self) -> None:
+        """Let incidents be examined, and then announced with what was found."""
+        for callback in self._participants["examine"]:
+            callback.examine(self.training)
+        for callback in self._participants["announce"]:
+            callback.announce(self.training)
 
     def _raise_if_diverged(self) -> None:
         for callback in reversed(self._participants["divergence"]):  # the later the phase, the more it knows

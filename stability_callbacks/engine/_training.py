@@ -60,6 +60,7 @@ class Training:
         window: The micro-batches of the current step.
         batch_idx: The index of the current batch.
         errors: Exceptions that bad numbers caused, by ``trainer.global_step``, until their steps are on record.
+        causes: What was found to be the cause of an incident, by optimizer and step, in words.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Training:
         self.report = report
         self.batch_idx = 0
         self.errors: dict[int, StepError] = {}
+        self.causes: dict[tuple[str | None, int], str] = {}
         self.statistics = statistics
         self._multipliers = multipliers
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from stability_callbacks import FlightRecorder, GradientClipping, LRSchedule, Rollback, StepGuard
+from stability_callbacks import FlightRecorder, GradientClipping, LRSchedule, Rollback, StepGuard, TrainingDivergedError
 from stability_callbacks.clipping import NormClip
 from stability_callbacks.detection import InputRange, NonFinite, Spike
 from stability_callbacks.diagnosis import Incident, bundles, find_cause, isolated, read_bundle, read_incidents
@@ -411,3 +411,43 @@ def test_an_exception_in_the_second_run_does_not_end_training(tmp_path: Path) ->
 def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"`{message}`"):
         FlightRecorder(**arguments)
+
+
+# ---- telling it where people look
+
+
+def test_the_cause_is_in_the_warning_the_error_and_the_table(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [poison(batch) for batch in make_batches(3)]
+    with pytest.raises(TrainingDivergedError, match=r"batch\[0\] held \d+ NaN .*The weights are those after"):
+        fit(NormNet(), [*make_batches(2), *bad], [StepGuard(max_consecutive_skips=3), FlightRecorder(tmp_path)])
+    warnings = [record.getMessage() for record in caplog.records if "Skipped" in record.getMessage()]
+    assert len(warnings) == 3
+    assert all("; cause: batch[0] held" in warning for warning in warnings)
+    assert "batch[0]" in capsys.readouterr().out
+
+
+def test_incidents_beyond_the_searched_ones_share_their_cause(tmp_path: Path) -> None:
+    batches = [poison(batch) for batch in make_batches(5)]
+    fit(NormNet(), batches, [StepGuard(), FlightRecorder(tmp_path, max_bundles=2)])
+    incidents = read_incidents(tmp_path / "incidents.jsonl")
+    causes = [str(incident.evidence["cause"]) for incident in incidents]
+    assert [cause.startswith("not looked for again; the 2 before: batch[0] held") for cause in causes] == [
+        *[False] * 2,
+        *[True] * 3,
+    ]
+    assert {incident.evidence["phase"] for incident in incidents} == {"input"}
+
+
+def test_a_cause_is_not_shared_by_incidents_that_began_in_several_places(tmp_path: Path) -> None:
+    class Two(LogNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss if batch_idx != 1 else (loss * 0 - 1).sqrt()
+
+    batches = [make_batches(1)[0], make_batches(1)[0], *(poison(batch) for batch in make_batches(3))]
+    fit(seeded(Two), batches, [StepGuard(), FlightRecorder(tmp_path, max_bundles=2)])
+    *_, last = read_incidents(tmp_path / "incidents.jsonl")
+    assert last.evidence["cause"] == "not looked for again: the 2 before began in 2 places"
+    assert last.module is last.operation is None
