@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from stability_callbacks._validation import check_bool, check_number, check_pattern
@@ -42,6 +43,7 @@ class WeightPenalty(StabilityCallback):
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If a strength is negative or both are 0, or ``parameters`` is not a regular expression.
+        MisconfigurationException: At train start, if it is decoupled and an optimizer has no learning rate.
 
     Example:
         >>> from stability_callbacks import WeightPenalty
@@ -76,6 +78,15 @@ class WeightPenalty(StabilityCallback):
     def prepare(self, training: Training) -> None:
         self._scalars = []
         self._thresholds = {}
+        self.on_optimizers_changed(training)
+
+    def on_optimizers_changed(self, training: Training) -> None:
+        for step in training.steps.values():
+            if self.decoupled and not step.rates.known:
+                raise MisconfigurationException(
+                    f"WeightPenalty(decoupled=True) shrinks weights by the learning rate, and {step.label} has none "
+                    "of its own ('lr' is None or absent). Give the optimizer an `lr`, or use decoupled=False."
+                )
 
     def penalize(self, step: OptimizerStep) -> None:
         assert step.gradients is not None
