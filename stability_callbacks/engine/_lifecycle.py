@@ -119,7 +119,7 @@ class StepLifecycle:
             callback.begin_training(training)
         self._undo = [
             RateDisplay(training).remove,
-            OptimizerWatch(self.trainer, self._notice_changes).remove,
+            OptimizerWatch(self.trainer, self._notice_before_step).remove,
         ]
         self._begun = True
 
@@ -213,14 +213,25 @@ class StepLifecycle:
 
     # ---- private
 
-    def _notice_changes(self) -> None:
-        """Reach into optimizers that are new, and let callbacks know of these and of new parameters; host only."""
+    def _notice_before_step(self) -> None:
+        """An optimizer is about to step: notice what has changed since the batch started."""
+        alone = self.trainer.lightning_module.automatic_optimization and self.trainer.accumulate_grad_batches == 1
+        if self._notice_changes() and alone and self.training.buffers is not None:
+            self.training.buffers.take()  # no forward pass has written to them yet
+
+    def _notice_changes(self) -> bool:
+        """Reach into optimizers that are new, and let callbacks know of these and of new parameters.
+
+        Returns:
+            Whether there was something; to look costs a walk over the parameters on the host.
+        """
         if self.released or self._training is None or not self._begun:
-            return
+            return False
         replaced = self._follow_optimizers()
         grown = [step for step in self._training.steps.values() if step.parameters_changed()]
         if replaced or grown:
             self._tell_of_changes()
+        return replaced or bool(grown)
 
     def _follow_optimizers(self) -> bool:
         """Attach to the trainer's optimizers as they are now, and let go of others.
@@ -259,6 +270,8 @@ class StepLifecycle:
         training = self.training
         for step in training.steps.values():
             step.parameters_changed()
+        if training.buffers is not None:
+            training.buffers.refresh()  # new parameters come with modules that may have buffers
         if self._state is not None:
             self._state = self._look_at_state()
         for callback in self._participants["on_optimizers_changed"]:
