@@ -314,10 +314,9 @@ def test_a_scheduler_made_in_mid_training_finds_an_optimizer_that_it_can_wrap() 
                 self.scheduler.step()
 
     batches = make_batches(6)
+    batches[4] = poison(batches[4])
     guard = StepGuard()
-    skipped = train(
-        lambda each: torch.optim.SGD(each, lr=0.1), [*batches[:4], poison(batches[4]), batches[5]], [Schedules(), guard]
-    )
+    skipped = train(lambda each: torch.optim.SGD(each, lr=0.1), batches, [Schedules(), guard])
     assert guard.skipped_steps == 1
     assert skipped.optimizers[0].param_groups[0]["lr"] == 0.1 * 0.5**3
 
