@@ -242,24 +242,25 @@ def test_learning_rate_finder(first: bool) -> None:
         def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    def train(ours: list[Callback]) -> tuple[Tunable, pl.Trainer]:
+    def train(ours: list[Callback], **arguments: Any) -> tuple[Tunable, pl.Trainer]:
         torch.manual_seed(0)
         finder = LearningRateFinder(min_lr=1e-4, max_lr=1.0, num_training_steps=20, early_stop_threshold=None)
         callbacks = [finder, *ours, Notes()] if first else [*ours, finder, Notes()]
         model = Tunable()
-        trainer = make_trainer(callbacks)
+        trainer = make_trainer(callbacks, **arguments)
         trainer.fit(model)
         return model, trainer
 
-    ours = suite()
+    ours, logger = suite(), MemoryLogger()
     plain, _ = train([])
     plain_rates, rates = rates, []
-    model, trainer = train(ours)
+    model, trainer = train(ours, logger=logger)
     assert model.lr == plain.lr != 1e-3  # what it found is none of our business
     assert set(plain_rates) == {plain.lr}
-    # The schedule starts at the first step after the search, from the rate that was found.
+    # Between steps it shows the base rate; the schedule starts at the first step after the search.
+    assert set(rates) == {plain.lr}
     schedule = WarmupCosine(0.05)
-    assert rates == [plain.lr * schedule(step, 32) for step in range(32)]
+    assert list(logger.values("lr/SGD").values()) == [plain.lr * schedule(step, 32) for step in range(32)]
     assert trainer.optimizers[0].param_groups[0]["lr"] == model.lr
     assert guard_of(ours).skipped_steps == 0
     assert len(guard_of(ours).state_dict()["recent"]) == 32

@@ -138,6 +138,9 @@ class FaultInjector(StabilityCallback):
             _check_fit(fault, training)
         rank_zero_warn(f"FaultInjector puts faults into this training on purpose: {', '.join(map(repr, self.faults))}.")
 
+    def on_optimizers_changed(self, training: Training) -> None:
+        self._clock.make_room(training)
+
     # ---- where faults come in
 
     def inject_before_forward(self, batch: Any, batch_idx: int) -> None:

@@ -155,6 +155,10 @@ class FlightRecorder(StabilityCallback):
         self._directory = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "flight_record"
         self._histories = {step.label: StepHistory(self.history) for step in training.steps.values()}
 
+    def on_optimizers_changed(self, training: Training) -> None:
+        for step in training.steps.values():
+            self._histories.setdefault(step.label, StepHistory(self.history))
+
     # ---- what is kept of each step
 
     def on_micro_batch(self, batch: Any, batch_idx: int, first: bool) -> None:

@@ -109,18 +109,12 @@ class GradientClipping(StabilityCallback):
                 f"Gradients are clipped twice: by Trainer(gradient_clip_val={trainer.gradient_clip_val}) and then by "
                 f"GradientClipping({self.rules}). Remove one of them."
             )
-        missing = len(training.steps) - len(self._rules_of_optimizer)
-        self._rules_of_optimizer += [deepcopy(self.rules) for _ in range(missing)]
         self._clock.prepare(training, [schedule for rule in self.rules for schedule in rule.schedules])
-        parameters = _in_order_of_definition(training)
-        try:
-            for rule in itertools.chain.from_iterable(self._rules_of_optimizer):
-                rule.assign(parameters)
-                rule.set_step(0, self._clock.total_steps)
-        except ValueError as error:
-            raise MisconfigurationException(
-                f"GradientClipping's rule does not fit the model or its training: {error}"
-            ) from error
+        self._assign(training)
+
+    def on_optimizers_changed(self, training: Training) -> None:
+        self._clock.make_room(training)
+        self._assign(training)
 
     def statistics(self) -> list[ClipRule]:
         return list(itertools.chain.from_iterable(self._rules_of_optimizer))
@@ -167,6 +161,19 @@ class GradientClipping(StabilityCallback):
             metrics["stability/clipped_fraction" + (f"/{optimizer}" if several else "")] = clipped / steps
         self._clipped_steps = {}
         return metrics
+
+    def _assign(self, training: Training) -> None:
+        missing = len(training.steps) - len(self._rules_of_optimizer)
+        self._rules_of_optimizer += [deepcopy(self.rules) for _ in range(missing)]
+        parameters = _in_order_of_definition(training)
+        try:
+            for rule in itertools.chain.from_iterable(self._rules_of_optimizer):
+                rule.assign(parameters)
+                rule.set_step(0, self._clock.total_steps)
+        except ValueError as error:
+            raise MisconfigurationException(
+                f"GradientClipping's rule does not fit the model or its training: {error}"
+            ) from error
 
     def _keep_scalars(self, step: OptimizerStep, rules: list[ClipRule], coefficient: Tensor) -> None:
         names, values = [f"stability/clip_coefficient{step.suffix}"], [coefficient]

@@ -34,13 +34,11 @@ class LRSchedule(StabilityCallback):
         torch.optim.AdamW([{"name": "backbone", "params": ...}, {"name": "head", "params": ...}])
         LRSchedule({"backbone": WarmupCosine(warmup=0.2), "head": WarmupCosine(warmup=0.05)})
 
-    Without a scheduler of your own, ``LearningRateMonitor`` shows the effective rate; with one it shows the base rate,
-    and ``lr/<optimizer>`` the effective rate. Checkpoints always hold the base rate, and it is put back at the end of
-    training or after an exception: remove the callback, and no trace is left.
-
-    Where no scheduler is there, ``group["lr"]`` shows the effective rate. To change the rate by hand, set it to the new
-    base rate; do not multiply what stands there. A scheduler that you step yourself without telling Lightning, such as
-    a ``ReduceLROnPlateau`` in manual optimization, multiplies: return it from ``configure_optimizers``.
+    The effective rate is in force only inside of ``optimizer.step``. Between steps ``group["lr"]`` is the base rate,
+    for whoever reads or writes it: schedulers that Lightning knows or does not, callbacks such as
+    ``BackboneFinetuning``, your own code, and checkpoints. Remove the callback, and no trace is left. Only
+    ``LearningRateMonitor`` is shown the effective rate of the next step, where no scheduler of yours sets the base
+    rate; ``lr/<optimizer>`` is always the effective one.
 
     Args:
         schedule: The schedule; or a mapping from regular expressions, searched in the parameter groups' full names, to
@@ -51,7 +49,8 @@ class LRSchedule(StabilityCallback):
         TypeError: If ``schedule`` is neither a schedule nor a mapping to schedules.
         ValueError: If the mapping is empty, or a pattern is not a regular expression.
         MisconfigurationException: At train start, if a schedule needs a total that can't be known, if a pattern matches
-            no parameter group or a group no pattern; for groups that are added later, in their first step.
+            no parameter group or a group no pattern, or if an optimizer to be scheduled has no learning rate; for
+            groups that are added later, in their first step.
 
     Example:
         >>> from stability_callbacks import LRSchedule
@@ -100,8 +99,7 @@ class LRSchedule(StabilityCallback):
 
     def prepare(self, training: Training) -> None:
         self._clock.prepare(training, list(self._schedules()))
-        if isinstance(self.schedule, dict):
-            self._match([name for step in training.steps.values() for name in _group_names(step)])
+        self._look_at_groups(training)
         for schedule in self._schedules():
             warmup, total = getattr(schedule, "warmup", None), self._clock.total_for(schedule)
             if isinstance(warmup, int) and total is not None and warmup > total:
@@ -109,6 +107,10 @@ class LRSchedule(StabilityCallback):
                     f"The warm-up of {warmup} steps is longer than training, which has {total}; it is shortened to "
                     f"{schedule.warmup_steps(total)}."
                 )
+
+    def on_optimizers_changed(self, training: Training) -> None:
+        self._clock.make_room(training)
+        self._look_at_groups(training)
 
     def rate_multipliers(self, step: OptimizerStep) -> Sequence[float]:
         attempted = self._clock.attempted[step.index]
@@ -146,6 +148,17 @@ class LRSchedule(StabilityCallback):
         if not self._pattern_of.keys() >= set(names):  # a group was added
             self._match([*self._pattern_of, *names])
         return [self.schedule[self._pattern_of[name]] for name in names]
+
+    def _look_at_groups(self, training: Training) -> None:
+        if isinstance(self.schedule, dict):
+            self._match([name for step in training.steps.values() for name in _group_names(step)])
+        for step in training.steps.values():
+            if not step.rates.known and any(schedule is not None for schedule in self._schedules_of_groups(step)):
+                raise MisconfigurationException(
+                    f"LRSchedule has nothing to multiply: {step.label} has no learning rate of its own ('lr' is None "
+                    "or absent), as Adafactor with relative steps. Give the optimizer an `lr`, or leave it out by a "
+                    f"mapping with None, such as LRSchedule({{'^{step.label}': None, ...}})."
+                )
 
     def _match(self, names: Sequence[str]) -> None:
         assert isinstance(self.schedule, dict)

@@ -188,6 +188,24 @@ class Rollback(StabilityCallback):
             )
         self._ring.take(training.trainer.global_step)
 
+    def on_optimizers_changed(self, training: Training) -> None:
+        if self._ring is None:
+            return
+        self.prepare(training)
+        if self._steps_since is not None:
+            self._steps_since += [max(self._steps_since)] * (len(training.steps) - len(self._steps_since))
+        while self._ring.steps:  # of parameters and optimizers that are no more
+            self._ring.drop_newest()
+        self._ring = self._make_ring(training)
+        if nonfinite := find_nonfinite(training, self._ring):
+            rank_zero_warn(
+                f"The optimizers or their parameters were changed while {nonfinite} was not finite: until the next "
+                "snapshot there is nothing that Rollback could go back to."
+            )
+            self._snapshot_due = True
+        else:
+            self._ring.take(training.trainer.global_step)
+
     def statistics(self) -> list[SustainedRise]:
         return list(self._rises)
 
@@ -275,11 +293,16 @@ class Rollback(StabilityCallback):
 
     def _roll_back(self, training: Training, reason: str) -> None:
         assert self._ring is not None
+        if not self._ring.steps:
+            self._diverged = (
+                f"Training has diverged: {reason}. There is no snapshot since the optimizers or their parameters were "
+                "changed. Start again from an older checkpoint."
+            )
+            return
         if self._relapse and len(self._ring.steps) > 1:
             self._ring.drop_newest()
         training.reshard()
-        with training.base_rates():
-            step = self._ring.restore()
+        step = self._ring.restore()
         if self._rollbacks_in_row >= self.max_rollbacks:
             self._give_up(training, reason, step)
             return
@@ -328,6 +351,7 @@ class Rollback(StabilityCallback):
             scaler=loss_scaler(trainer),
             averaged=averaged_models(trainer),
             stateful=learnt,
+            written={step.optimizer: step.written_entries for step in training.steps.values()},
         )
         on_disk = CheckpointRing(trainer, ring, learnt, self._dirpath, self.keep)
         if self.storage == "disk":

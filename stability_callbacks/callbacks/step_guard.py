@@ -144,6 +144,9 @@ class StepGuard(StabilityCallback):
         missing = len(training.steps) - len(self._detectors_of_optimizer)
         self._detectors_of_optimizer += [deepcopy(self.detectors) for _ in range(missing)]
 
+    def on_optimizers_changed(self, training: Training) -> None:
+        self.prepare(training)
+
     def protects_buffers(self) -> bool:
         return self.protect_buffers
 

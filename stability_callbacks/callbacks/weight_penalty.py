@@ -43,7 +43,8 @@ class WeightPenalty(StabilityCallback):
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If a strength is negative or both are 0, or ``parameters`` is not a regular expression.
-        MisconfigurationException: At train start, if ``parameters`` matches nothing.
+        MisconfigurationException: At train start, if ``parameters`` matches nothing, or if it is decoupled and an
+            optimizer has no learning rate.
 
     Example:
         >>> from stability_callbacks import WeightPenalty
@@ -84,6 +85,15 @@ class WeightPenalty(StabilityCallback):
             raise MisconfigurationException(
                 f"WeightPenalty(parameters={self.parameters!r}) matches no parameter of an optimizer; there are: {few}"
             )
+        self.on_optimizers_changed(training)
+
+    def on_optimizers_changed(self, training: Training) -> None:
+        for step in training.steps.values():
+            if self.decoupled and not step.rates.known:
+                raise MisconfigurationException(
+                    f"WeightPenalty(decoupled=True) shrinks weights by the learning rate, and {step.label} has none "
+                    "of its own ('lr' is None or absent). Give the optimizer an `lr`, or use decoupled=False."
+                )
 
     def penalize(self, step: OptimizerStep) -> None:
         assert step.gradients is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from stability_callbacks._atomic import atomic_path, remove_atomically
-from stability_callbacks.engine._lightning import both, dump_checkpoint, without_optimizers
+from stability_callbacks.engine._lightning import both, dump_checkpoint, unwrapped, without_optimizers
 from stability_callbacks.engine._training_state import averaging_callbacks
 from stability_callbacks.errors import TrainingDivergedError
 from stability_callbacks.snapshots import BufferBackup, SnapshotRing
@@ -97,8 +98,12 @@ class CheckpointRing:
             TrainingDivergedError: If none can be read.
         """
         trainer = self._trainer
-        # Hyper-parameters, learning rates above all, belong to the clock, which goes on.
-        kept = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        # Hyper-parameters, learning rates above all, belong to the clock, which goes on; what `step()` writes does not.
+        written = [self._state.written.get(unwrapped(optimizer), frozenset()) for optimizer in trainer.optimizers]
+        kept = [
+            [_without(group, keys) for group in optimizer.param_groups]
+            for optimizer, keys in zip(trainer.optimizers, written, strict=True)
+        ]
         while self._snapshots:
             snapshot = self._snapshots[-1]
             try:
@@ -189,6 +194,10 @@ def _loadable(trainer: pl.Trainer, states: Sequence[_StateOf]) -> Iterator[None]
         finally:
             for parameter in missing:
                 parameter.requires_grad_(True)
+
+
+def _without(group: dict[str, Any], written: AbstractSet[str]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in written}
 
 
 def _load(trainer: pl.Trainer, path: Path) -> dict[str, Any]:

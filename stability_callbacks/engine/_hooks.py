@@ -76,6 +76,13 @@ class StepHooks:
     def begin_training(self, training: Training) -> None:
         """Start work that needs all callbacks prepared."""
 
+    def on_optimizers_changed(self, training: Training) -> None:
+        """Optimizers were replaced, or have other parameters than before: make room for what is new.
+
+        Optimizers go by their position: what was kept of the one at a position goes on with the new one. Comes between
+        steps, or while one is measured.
+        """
+
     # ---- forward and backward
 
     def inject_before_forward(self, batch: Any, batch_idx: int) -> None:

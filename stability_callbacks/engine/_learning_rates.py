@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,10 @@ __all__ = ["LearningRates"]
 class LearningRates:
     """Multiplies an optimizer's learning rates and knows the way back.
 
-    Whatever another party writes to ``group["lr"]`` while a multiple is in force is taken as a new base rate. An
-    optimizer's ``state_dict`` always holds base rates, whoever asks for it.
+    A multiple is in force only while the optimizer's arithmetic runs, so that whoever reads ``group["lr"]`` between
+    steps (schedulers, callbacks that add parameter groups, checkpoints) finds the base rate. What the optimizer itself
+    writes there meanwhile is taken as a new base rate. A group without a rate, or with None (Adafactor with relative
+    steps), has no multiple.
 
     Args:
         optimizer: The optimizer. Its rates may be floats or tensors; tensors are written in place.
@@ -25,8 +28,8 @@ class LearningRates:
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
         >>> rates = LearningRates(optimizer)
         >>> rates.multiply([0.1])
-        >>> optimizer.param_groups[0]["lr"], optimizer.state_dict()["param_groups"][0]["lr"]
-        (0.05, 0.5)
+        >>> optimizer.param_groups[0]["lr"]
+        0.05
         >>> rates.restore()
         >>> optimizer.param_groups[0]["lr"]
         0.5
@@ -35,7 +38,11 @@ class LearningRates:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._groups: dict[int, _GroupRate] = {}
-        self._hook = optimizer.register_state_dict_post_hook(self._put_base_rates)
+
+    @property
+    def known(self) -> bool:
+        """Whether every parameter group has a learning rate."""
+        return all(map(_has_rate, self._optimizer.param_groups))
 
     def multiply(self, multipliers: Sequence[float]) -> None:
         """Set each group's rate to its base rate times a factor.
@@ -44,31 +51,22 @@ class LearningRates:
             multipliers: One factor for each parameter group.
         """
         for group, multiplier in zip(self._optimizer.param_groups, multipliers, strict=True):
-            self._rate(group).multiply(multiplier)
+            if _has_rate(group):
+                self._rate(group).multiply(multiplier)
 
     def restore(self) -> None:
         """Put the base rates back."""
-        for group in self._optimizer.param_groups:
-            self._rate(group).restore()
+        for rate in self._groups.values():
+            rate.restore()
         self._groups.clear()
 
     def effective(self) -> list[float | Tensor]:
-        """The rates in force, one for each parameter group; tensors stay on their device."""
-        rates = (group["lr"] for group in self._optimizer.param_groups)
+        """The rates in force, one for each parameter group, NaN for one without; tensors stay on their device."""
+        rates = (group["lr"] if _has_rate(group) else math.nan for group in self._optimizer.param_groups)
         return [rate.detach().clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
-
-    def detach(self) -> None:
-        """Put the base rates back and let go of the optimizer."""
-        self.restore()
-        self._hook.remove()
 
     def _rate(self, group: dict[str, Any]) -> _GroupRate:
         return self._groups.setdefault(id(group), _GroupRate(group))
-
-    def _put_base_rates(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-            if id(group) in self._groups:
-                saved["lr"] = self._groups[id(group)].base()
 
 
 class _GroupRate:
@@ -106,3 +104,7 @@ class _GroupRate:
     @staticmethod
     def _mark(rate: float | Tensor) -> float | tuple[int, int]:
         return (id(rate), rate._version) if isinstance(rate, Tensor) else rate
+
+
+def _has_rate(group: dict[str, Any]) -> bool:
+    return isinstance(group.get("lr"), (int, float, Tensor))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,6 +30,8 @@ from stability_callbacks.engine._lightning import (
 from stability_callbacks.engine._logger_writes import LoggerWrites
 from stability_callbacks.engine._nonfinite import find_nonfinite
 from stability_callbacks.engine._optimizer_hooks import several_closures
+from stability_callbacks.engine._optimizer_watch import OptimizerWatch
+from stability_callbacks.engine._rate_display import RateDisplay
 from stability_callbacks.engine._records import PendingRecord
 from stability_callbacks.engine._scalar_log import ScalarLog
 from stability_callbacks.engine._step import OptimizerStep, optimizer_labels
@@ -70,6 +74,8 @@ class StepLifecycle:
         self._log = ScalarLog(self._participants, self._loggers)
         self._training: Training | None = None
         self._lives: dict[Optimizer, StepLife] = {}
+        self._begun = False
+        self._undo: list[Callable[[], None]] = []
         self._gate: CheckpointGate | None = None
         self._errors: StepErrors | None = None
         self._state: SnapshotRing | None = None
@@ -101,7 +107,7 @@ class StepLifecycle:
             statistics=self._statistics,
         )
         warn_of_doubles(self._participants.all)
-        self._attach_optimizers(training)
+        self._follow_optimizers()
         if not any(parameter.requires_grad for step in training.steps.values() for _, parameter in step.parameters):
             rank_zero_warn(
                 "No optimizer has a trainable parameter, so the stability callbacks have nothing to watch or protect."
@@ -113,8 +119,7 @@ class StepLifecycle:
             training.window.protect(any(each.protects_buffers() for each in participants["protects_buffers"]))
         if any(callback.guards_checkpoints() for callback in participants["guards_checkpoints"]):
             self._gate = self._gate or CheckpointGate(self.trainer, self._refuses_checkpoint)
-            training.reshard()
-            self._state = SnapshotRing(module, list(training.steps), averaged=averaged_models(self.trainer))
+            self._state = self._look_at_state()
         self._errors = StepErrors(
             training,
             catches=any(each.votes_on_nonfinite() for each in participants["votes_on_nonfinite"]),
@@ -123,12 +128,17 @@ class StepLifecycle:
         )
         for callback in participants["begin_training"]:
             callback.begin_training(training)
-        training.show_rates()
+        self._undo = [
+            RateDisplay(training).remove,
+            OptimizerWatch(self.trainer, self._notice_before_step).remove,
+        ]
+        self._begun = True
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """A batch starts: at a window's first micro-batch the buffers are backed up."""
         for life in self._lives.values():
             life.abandon()
+        self._notice_changes()
         training = self.training
         training.batch_idx = batch_idx
         self._in_batch = True
@@ -157,6 +167,8 @@ class StepLifecycle:
         life = self._lives.get(unwrapped(optimizer))
         if life is None:
             return
+        if life.step.parameters_changed():  # in the forward pass
+            self._tell_of_changes()
         for each in self._lives.values():
             each.finish_if_over()
         self._stepped = self._steps_seen = True
@@ -221,11 +233,48 @@ class StepLifecycle:
 
     # ---- private
 
-    def _attach_optimizers(self, training: Training) -> None:
-        optimizers = [optimizer for optimizer in self.trainer.optimizers if not is_placeholder(optimizer)]
-        labels = optimizer_labels(optimizers)
-        for index, (optimizer, label) in enumerate(zip(optimizers, labels, strict=True)):
-            step = OptimizerStep(optimizer, index, label, len(optimizers) > 1, lambda: training.named_parameters)
+    def _notice_before_step(self) -> None:
+        """An optimizer is about to step: notice what has changed since the batch started."""
+        alone = self.trainer.lightning_module.automatic_optimization and self.trainer.accumulate_grad_batches == 1
+        if self._notice_changes() and alone:
+            self.training.window.take()  # no forward pass has written anything yet
+
+    def _notice_changes(self) -> bool:
+        """Reach into optimizers that are new, and let callbacks know of these and of new parameters.
+
+        Returns:
+            Whether there was something; to look costs a walk over the parameters on the host.
+        """
+        if self.released or self._training is None or not self._begun:
+            return False
+        replaced = self._follow_optimizers()
+        grown = [step for step in self._training.steps.values() if step.parameters_changed()]
+        if replaced or grown:
+            self._tell_of_changes()
+        return replaced or bool(grown)
+
+    def _follow_optimizers(self) -> bool:
+        """Attach to the trainer's optimizers as they are now, and let go of others.
+
+        A new optimizer takes the place of the one that stood at its position: what callbacks keep of that goes on.
+
+        Returns:
+            Whether others are there than before.
+        """
+        training = self.training
+        optimizers = [each for each in map(unwrapped, self.trainer.optimizers) if not is_placeholder(each)]
+        if len(optimizers) == len(self._lives) and all(map(is_, optimizers, self._lives)):
+            return False
+        for life in self._lives.values():
+            life.finish_if_over()
+            life.close()
+        self._lives.clear()
+        training.steps.clear()
+        several = len(optimizers) > 1
+        for index, (optimizer, label) in enumerate(zip(optimizers, optimizer_labels(optimizers), strict=True)):
+            if isinstance(optimizer, LBFGS):
+                raise several_closures(optimizer)
+            step = OptimizerStep(optimizer, index, label, several, lambda: training.named_parameters)
             training.steps[optimizer] = step
             self._lives[optimizer] = StepLife(
                 step,
@@ -235,6 +284,22 @@ class StepLifecycle:
                 on_wait=self._on_wait,
                 on_unseen=self._on_unseen_step,
             )
+        return True
+
+    def _tell_of_changes(self) -> None:
+        training = self.training
+        for step in training.steps.values():
+            step.parameters_changed()
+        training.window.refresh()  # new parameters come with modules that may have buffers
+        if self._state is not None:
+            self._state = self._look_at_state()
+        for callback in self._participants["on_optimizers_changed"]:
+            callback.on_optimizers_changed(training)
+
+    def _look_at_state(self) -> SnapshotRing:
+        training = self.training
+        training.reshard()
+        return SnapshotRing(training.module, list(training.steps), averaged=averaged_models(self.trainer))
 
     def _keep_record(self, record: PendingRecord, flagged: bool) -> None:
         """Keep a finished step's numbers on the device until they are read; soon if the host knows of a flag."""
@@ -252,7 +317,7 @@ class StepLifecycle:
         if self._warned_of_bypass or not self._in_batch:
             return
         # torch.distributed.checkpoint makes an optimizer's state by a step with all rates at zero.
-        if any(group.get("lr", 1.0) for group in optimizer.param_groups):
+        if not all(group.get("lr") == 0 for group in optimizer.param_groups):
             self._warn_of_bypass("an optimizer stepped without Lightning's knowledge")
 
     def _report_error(self, error: StepError) -> None:
@@ -293,6 +358,9 @@ class StepLifecycle:
         for life in self._lives.values():
             life.close()
         self._lives.clear()
+        for undo in self._undo:
+            undo()
+        self._undo = []
         if self._training is not None:
             self._training.steps.clear()
             self._training.window.release()
@@ -371,9 +439,6 @@ class StepLifecycle:
 
     def _refuse_what_cannot_work(self) -> None:
         check_private_names(self.trainer)
-        for optimizer in self.trainer.optimizers:
-            if isinstance(optimizer, LBFGS):
-                raise several_closures(optimizer)
         strategy = self.trainer.strategy
         if isinstance(strategy, both(FSDPStrategy)):
             raise MisconfigurationException(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class OptimizerStep:
         label: Its name in metrics.
         suffix: What metric names end in where there are several optimizers, else empty.
         rates: Its learning rates.
+        written_entries: The keys of its parameter groups, and the names of attributes, that its arithmetic was seen to
+            write; they belong to its state.
         gradients: The gradients of the current step; None between steps.
         loss: The loss of the current step, 0-dim, unscaled; None where it was not seen. If a callback compares losses,
             the mean over all processes.
@@ -65,8 +68,10 @@ class OptimizerStep:
         self.label = label
         self.suffix = f"/{label}" if several else ""
         self.rates = LearningRates(optimizer)
+        self.written_entries: set[str] = set()
         self._names = names
-        self._named: tuple[tuple[int, ...], NamedParameters] = ((), NamedParameters())
+        self._named: tuple[list[Tensor], NamedParameters] = ([], NamedParameters())
+        self._seen = self._members()
         self.global_step = self.batch_idx = 0
         self.forget()
 
@@ -83,10 +88,15 @@ class OptimizerStep:
     @property
     def parameters(self) -> NamedParameters:
         """Its parameters as they are now, with their names in the model."""
-        members = tuple(id(parameter) for group in self.optimizer.param_groups for parameter in group["params"])
-        if members != self._named[0]:
-            self._named = (members, self._name_parameters())
+        if not self._holds():
+            self._named = (self._members(), self._name_parameters())
         return self._named[1]
+
+    def parameters_changed(self) -> bool:
+        """Whether it has other parameters than at the last call of this, or at first."""
+        members, known = self._members(), self._seen
+        self._seen = members
+        return not _same(members, known)
 
     @property
     def skip(self) -> Tensor | None:
@@ -156,6 +166,12 @@ class OptimizerStep:
             values=torch.stack([number.to(norm.device, torch.float32) for number in numbers]),
         )
 
+    def _members(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _holds(self) -> bool:
+        return _same(self._members(), self._named[0])
+
     def _name_parameters(self) -> NamedParameters:
         names = {id(parameter): name for name, parameter in self._names()}
         return NamedParameters(
@@ -163,6 +179,11 @@ class OptimizerStep:
             for group_index, group in enumerate(self.optimizer.param_groups)
             for position, parameter in enumerate(group["params"])
         )
+
+
+def _same(some: list[Tensor], others: list[Tensor]) -> bool:
+    # By identity of living objects: an id may be given to another one once its owner is gone.
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def optimizer_labels(optimizers: Sequence[Optimizer]) -> list[str]:

@@ -45,6 +45,10 @@ class StepClock:
         needing = [schedule for schedule in schedules if schedule.needs_total]
         self.total_steps = _total_steps(trainer, needing[0], optimizers) if needing else None
 
+    def make_room(self, training: Training) -> None:
+        """Optimizers came during training: count their steps from 0."""
+        self.attempted += [0] * (len(training.steps) - len(self.attempted))
+
     def total_for(self, schedule: Schedule) -> int | None:
         """The number of steps that a schedule goes by; None where it can do without."""
         return self.total_steps if schedule.needs_total else schedule.total_steps

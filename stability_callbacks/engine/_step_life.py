@@ -16,6 +16,7 @@ from stability_callbacks.engine._step import OptimizerStep
 from stability_callbacks.engine._training import Training
 from stability_callbacks.engine._verdict import Verdict, reach_verdict
 from stability_callbacks.gradient_pass import GradientPass
+from stability_callbacks.snapshots import GroupWrites
 
 __all__ = ["StepLife"]
 
@@ -47,7 +48,8 @@ class StepLife:
         self._keep = keep
         self._on_wait = on_wait
         self._on_unseen = on_unseen
-        self._hooks = OptimizerHooks(step.optimizer, self.act, self._after_arithmetic)
+        self._writes = GroupWrites(step.optimizer, step.written_entries)
+        self._hooks = OptimizerHooks(step.optimizer, self.act, self._after_arithmetic, self.abandon)
 
     @torch.no_grad()
     def measure(self, loss: Tensor | None) -> None:
@@ -90,17 +92,22 @@ class StepLife:
             step.verdict = Verdict()  # there was nothing to apply, so nothing to learn from
 
     @torch.no_grad()
-    def act(self) -> None:
-        """Carry the verdict out, right before the optimizer's arithmetic."""
+    def act(self) -> bool:
+        """Carry the verdict out, right before the optimizer's arithmetic.
+
+        Returns:
+            Whether the arithmetic may run.
+        """
         step, participants = self.step, self._participants
         if not step.measured:
             self._on_unseen(step.optimizer)
-            return
+            return True
+        skips = bool(step.skipped)
         if step.acted:
-            return
+            return not skips
         step.acted = True
-        applies = bool(step.gradients) and not step.skipped
-        if step.gradients and step.skipped:
+        applies = bool(step.gradients) and not skips
+        if skips and step.gradients:
             for _, parameter in step.gradients.parameters:
                 parameter.grad = None
         if step.skip is not None and step.skipped is None:
@@ -112,6 +119,8 @@ class StepLife:
             callback.before_update(step)
         for callback in participants["penalize"] if applies else ():
             callback.penalize(step)
+        self._writes.look()
+        return not skips
 
     def finish_if_over(self) -> None:
         """Finish a step that Lightning has counted: its ``step()`` has returned, or a loss scaler left it out."""
@@ -137,11 +146,11 @@ class StepLife:
     def close(self) -> None:
         """Let go of the optimizer."""
         self.abandon()
-        self.step.rates.detach()
         self._hooks.remove()
 
     def _after_arithmetic(self) -> None:
         if self.step.acted:
+            self._writes.compare()
             self._finish()
 
     @torch.no_grad()
@@ -159,14 +168,11 @@ class StepLife:
             self._keep(record, step.verdict.flagged)
         for callback in participants["on_step_attempted"]:
             callback.on_step_attempted(step)
-        if training.shows_rates(step):
-            training.scale_rates(step)
         step.forget()
 
     def _undo(self) -> None:
         self._hooks.undo()
-        if not self._training.shows_rates(self.step):
-            self.step.rates.restore()
+        self.step.rates.restore()
 
 
 def _loss_scale(precision_plugin: Any, device: torch.device) -> Tensor | None:

@@ -133,13 +133,8 @@ class Training:
 
     # ---- learning rates
 
-    def shows_rates(self, step: OptimizerStep) -> bool:
-        """Whether ``group["lr"]`` may hold the effective rate between steps: only if no scheduler reads it back."""
-        scheduled = any(config.scheduler.optimizer is step.optimizer for config in self.trainer.lr_scheduler_configs)
-        return not scheduled and not any("initial_lr" in group for group in step.optimizer.param_groups)
-
     def scale_rates(self, step: OptimizerStep) -> None:
-        """Put the multiplied learning rates of an optimizer in force."""
+        """Put the multiplied learning rates of an optimizer in force, until they are restored."""
         factors = self._multipliers(step)
         if factors:
             products = [1.0] * len(step.optimizer.param_groups)
@@ -147,26 +142,27 @@ class Training:
                 products = [product * multiplier for product, multiplier in zip(products, multipliers, strict=True)]
             step.rates.multiply(products)
 
-    def show_rates(self) -> None:
-        """Write the rates of the next step where that is allowed."""
-        for step in self.steps.values():
-            if self.shows_rates(step):
-                self.scale_rates(step)
-
     @contextmanager
-    def base_rates(self) -> Iterator[None]:
-        """While it lasts, ``group["lr"]`` is the base rate; then the one of the next step again."""
-        for step in self.steps.values():
-            step.rates.restore()
-        yield
-        self.show_rates()
+    def effective_rates(self) -> Iterator[None]:
+        """While it lasts, ``group["lr"]`` shows the rate of the next step, where no scheduler sets the base rate."""
+        shown = [step for step in self.steps.values() if not step.measured and not self._is_scheduled(step)]
+        for step in shown:
+            self.scale_rates(step)
+        try:
+            yield
+        finally:
+            for step in shown:
+                step.rates.restore()
+
+    def _is_scheduled(self, step: OptimizerStep) -> bool:
+        known = any(config.scheduler.optimizer is step.optimizer for config in self.trainer.lr_scheduler_configs)
+        return known or any("initial_lr" in group for group in step.optimizer.param_groups)
 
     # ---- what happened
 
     def state_was_replaced(self) -> None:
         """The state of training has gone back to a snapshot: forget what was taken from the state before."""
         self.window.forget()
-        self.show_rates()
 
     def incident(self, kind: str, evidence: dict[str, float | str], action: str, rank: int = 0) -> Incident:
         """An incident that concerns training as a whole, here and now."""

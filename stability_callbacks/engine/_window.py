@@ -82,14 +82,23 @@ class AccumulationWindow:
             Whether one does.
         """
         if batch_idx == 0:
-            for backup in self._backups():
-                backup.refresh()
+            self.refresh()
         begins = not self._open or not self.went_backward() or (not self._manual and batch_idx % size == 0)
         if begins:
             self._begin()
         else:
             self._adopt()
         return begins
+
+    def refresh(self) -> None:
+        """Look for modules and parameters that were added or removed."""
+        for backup in self._backups():
+            backup.refresh()
+
+    def take(self) -> None:
+        """Back up what a skip would put back, as it is now."""
+        for backup in self._backups():
+            backup.take()
 
     def add_loss(self, loss: Tensor) -> None:
         """Add a micro-batch's loss, 0-dim, to that of the step."""
@@ -158,8 +167,7 @@ class AccumulationWindow:
         self._loss = None
         self._between_taken = False
         self._mark_gradients()
-        for backup in self._backups():
-            backup.take()
+        self.take()
 
     def _mark_gradients(self) -> None:
         if self._manual:

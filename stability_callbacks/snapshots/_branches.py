@@ -9,6 +9,8 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from stability_callbacks.snapshots._group_entries import optimizers_within
+
 __all__ = ["Branch", "module_branches", "optimizer_branches", "scaler_branch"]
 
 # A scaler's public methods give its numbers to the host, which has to wait for the device then.
@@ -55,12 +57,16 @@ def module_branches(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Branch
 
 
 def optimizer_branches(name: str, optimizer: Optimizer, known: set[int]) -> Iterator[Branch]:
-    """The state of an optimizer, after those of its parameters whose identity is not known from modules."""
+    """The state of an optimizer and those it wraps, after its parameters whose identity is not known from modules."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     others = [parameter for parameter in parameters if id(parameter) not in known]
     if others:
         yield Branch(name, _Loose({"params": others}), "content", fixed=True)
-    yield Branch(name, optimizer, "state", closed=True)
+    seen: set[int] = set()
+    for depth, each in enumerate(optimizers_within(optimizer)):
+        if id(each.state) not in seen:
+            seen.add(id(each.state))
+            yield Branch(name + ".wrapped" * min(depth, 1), each, "state", closed=True)
 
 
 def scaler_branch(scaler: GradScaler) -> Branch:

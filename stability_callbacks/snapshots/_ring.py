@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from stability_callbacks._validation import check_bool, check_instance, check_in
 from stability_callbacks.gradient_pass import group_by_device_and_dtype, tensor_norms, writable_values
 from stability_callbacks.snapshots._branches import Branch, module_branches, optimizer_branches, scaler_branch
 from stability_callbacks.snapshots._copies import Transfer
+from stability_callbacks.snapshots._group_entries import GroupEntries, entries_of
 from stability_callbacks.snapshots._memory import is_float, memory_of
 from stability_callbacks.snapshots._nested import leaves
 from stability_callbacks.snapshots._random_state import RandomState
@@ -37,7 +39,8 @@ class SnapshotRing:
     Take a snapshot now and then, while training is healthy; when it has diverged, restore one and go on. A snapshot
     holds all parameters (frozen ones too), all buffers (integer and non-persistent ones too) and the optimizer state;
     on request a loss scaler, averaged models, other stateful objects, and the state of the random number generators.
-    Hyper-parameters, such as the learning rate, are not rewound, and gradients are left alone.
+    Hyper-parameters, such as the learning rate, are not rewound, and gradients are left alone. Of what optimizers keep
+    in their parameter groups beside them, such as the ``k`` of schedule-free ones, that goes back which is ``written``.
 
     Snapshots lie in preallocated memory, the oldest's being used for the newest; copies run in groups. From a CUDA
     device they go to page-locked memory, beside the computation; see :meth:`take`. Sparse tensors, and tensor
@@ -52,6 +55,9 @@ class SnapshotRing:
         stateful: Objects with ``state_dict`` and ``load_state_dict`` that go back with the snapshot, such as adaptive
             clip rules. Default none.
         rng: Whether the state of the random number generators goes back with the snapshot. Default False.
+        written: For each optimizer the keys of parameter groups, and the names of attributes, that its arithmetic
+            writes, as :class:`~stability_callbacks.snapshots.GroupWrites` finds them out; the sets may still grow.
+            Default none.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -82,9 +88,10 @@ class SnapshotRing:
         averaged: nn.Module | Iterable[nn.Module] = (),
         stateful: Iterable[Any] = (),
         rng: bool = False,
+        written: Mapping[Any, AbstractSet[str]] | None = None,
     ) -> None:
         self.model = _all_of("model", model, nn.Module, "a module or several")
-        self.optimizers = _all_of("optimizers", optimizers, Optimizer, "an optimizer or several")
+        self.optimizers = _all_optimizers(optimizers)
         self.keep = check_integer("keep", keep, at_least=1)
         if scaler is not None:
             check_instance("scaler", scaler, GradScaler, "a torch.amp.GradScaler or None (others go to `stateful`)")
@@ -92,6 +99,7 @@ class SnapshotRing:
         self.averaged = _all_of("averaged", averaged, nn.Module, "a module or several")
         self.stateful = _all_stateful(stateful)
         self.rng = check_bool("rng", rng)
+        self.written: Mapping[Any, AbstractSet[str]] = {} if written is None else written
         self._transfer = Transfer()
         self._survey: Survey | None = None
         self._snapshots: list[Snapshot] = []
@@ -99,6 +107,7 @@ class SnapshotRing:
         # A tensor of a module that was not finite at the first look is meant so.
         self._looked_at = {each.name for each in self._tensors() if is_lazy(each.tensor)}
         self._constants: set[str] = set()
+        self._endless = {name for name, value in self._entries() if isinstance(value, float) and math.isinf(value)}
         self.nonfinite()
 
     def __repr__(self) -> str:
@@ -163,7 +172,8 @@ class SnapshotRing:
         copies = survey.room(retired)
         states = [copy.deepcopy(item.state_dict()) for item in self.stateful]
         random = RandomState.capture() if self.rng else None
-        snapshot = Snapshot(step, survey.contents, copies, copy.deepcopy(survey.values), states, random)
+        entries = [GroupEntries(optimizer) for optimizer in self.optimizers]
+        snapshot = Snapshot(step, survey.contents, copies, copy.deepcopy(survey.values), entries, states, random)
         if retired is not None:
             del self._snapshots[0]
         survey.fill(copies, self._transfer)
@@ -206,6 +216,8 @@ class SnapshotRing:
         for members in group_by_device_and_dtype([memory for memory, _ in dense]).values():
             self._transfer.load([dense[index][0] for index in members], [dense[index][1] for index in members])
         snapshot.hang(tensors)
+        for optimizer, entries in zip(self.optimizers, snapshot.entries, strict=True):
+            entries.restore(self.written.get(optimizer, frozenset()))
         for item, state in zip(self.stateful, snapshot.states, strict=True):
             item.load_state_dict(copy.deepcopy(state))
         if snapshot.random is not None:
@@ -227,20 +239,29 @@ class SnapshotRing:
         return ~self.nonfinite()[1].any()
 
     def nonfinite(self) -> tuple[tuple[str, ...], Tensor]:
-        """Which of them hold a NaN or an infinity; see :meth:`finite`.
+        """Which of them hold a NaN or an infinity; see :meth:`finite`. So may parameter groups, in Python numbers too.
 
         Returns:
-            The names of the ``B`` tensors that count, and for each whether it is not finite: boolean, shape ``[B]``,
-            on the first one's device.
+            The names of the ``B`` tensors that count, then of numbers in parameter groups that are not finite and were
+            not infinite when the ring was made, and for each whether it is not finite: boolean, shape ``[B]``, on the
+            first one's device.
         """
-        floats = [each for each in self._tensors() if _is_measurable(each.tensor)]
+        floats = [each for each in self._measured() if _is_measurable(each.tensor)]
         new = [each for each in floats if each.of_module and each.name not in self._looked_at]
         if new:  # the only time that the host waits for the device
             norms = _maximum_norms(new).tolist()
             self._looked_at.update(each.name for each in new)
             self._constants.update(each.name for each, norm in zip(new, norms, strict=True) if _is_meant(each, norm))
         floats = [each for each in floats if each.name not in self._constants]
-        return tuple(each.name for each in floats), ~torch.isfinite(_maximum_norms(floats))
+        flags = ~torch.isfinite(_maximum_norms(floats))
+        numbers = tuple(
+            name
+            for name, value in self._entries()
+            if isinstance(value, float) and not math.isfinite(value) and name not in self._endless
+        )
+        if numbers:
+            flags = torch.cat([flags, torch.ones(len(numbers), dtype=torch.bool, device=flags.device)])
+        return (*(each.name for each in floats), *numbers), flags
 
     # ---- private
 
@@ -255,6 +276,11 @@ class SnapshotRing:
             yield from optimizer_branches(f"optimizers[{index}]", optimizer, known)
         if self.scaler is not None:
             yield scaler_branch(self.scaler)
+
+    def _entries(self) -> Iterator[tuple[str, Any]]:
+        for index, optimizer in enumerate(self.optimizers):
+            for name, value in entries_of(optimizer):
+                yield f"optimizers[{index}].{name}", value
 
     def _look(self) -> Survey:
         """What there is to copy."""
@@ -273,6 +299,13 @@ class SnapshotRing:
                     names[id(leaf)] = ".".join(filter(None, (branch.name, *keys)))
                     yield _Named(names[id(leaf)], leaf, of_module=not branch.closed)
 
+    def _measured(self) -> Iterator[_Named]:
+        """The tensors, and those in parameter groups."""
+        yield from self._tensors()
+        for name, value in self._entries():
+            if isinstance(value, Tensor):
+                yield _Named(name, value, of_module=False)
+
     def _position(self, back: int) -> int:
         if not self._snapshots:
             raise RuntimeError("there is no snapshot: call `take()` first")
@@ -288,6 +321,19 @@ class _Named(NamedTuple):
 def _all_of(name: str, values: Any, kind: type[T], allowed: str) -> list[T]:
     values = [values] if isinstance(values, kind) or not isinstance(values, Iterable) else list(values)
     return [check_instance(name, value, kind, allowed) for value in values]
+
+
+def _all_optimizers(values: Any) -> list[Any]:
+    """Optimizers by what they have, since not all of them are of torch's class."""
+    several = list(values) if isinstance(values, Iterable) and not _is_optimizer(values) else [values]
+    return [
+        value if _is_optimizer(value) else check_instance("optimizers", value, Optimizer, "an optimizer or several")
+        for value in several
+    ]
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, Optimizer) or all(hasattr(value, name) for name in ("param_groups", "state", "step"))
 
 
 def _all_stateful(values: Any) -> list[Any]:

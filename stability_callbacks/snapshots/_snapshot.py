@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from stability_callbacks.snapshots._branches import Branch
 from stability_callbacks.snapshots._copies import TensorCopy
+from stability_callbacks.snapshots._group_entries import GroupEntries
 from stability_callbacks.snapshots._nested import leaves, map_leaves, put_back
 from stability_callbacks.snapshots._random_state import RandomState
 
@@ -39,6 +40,7 @@ class Snapshot(NamedTuple):
         contents: What each branch held, with stand-ins; tensors that had no shape yet stay themselves.
         copies: Copies of the tensors.
         values: Copies of what else there was.
+        entries: What each optimizer kept in its parameter groups.
         states: The state of each stateful object.
         random: The state of the random number generators.
     """
@@ -47,6 +49,7 @@ class Snapshot(NamedTuple):
     contents: list[tuple[Branch, Any]]
     copies: list[TensorCopy]
     values: list[Any]
+    entries: list[GroupEntries]
     states: list[Any]
     random: RandomState | None
 

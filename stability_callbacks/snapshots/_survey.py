@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from stability_callbacks.gradient_pass import group_by_device_and_dtype
 from stability_callbacks.snapshots._branches import Branch
@@ -37,7 +36,7 @@ class Survey:
     def __init__(self, branches: list[Branch]) -> None:
         self._branches = branches
         self._modules = [branch.owner for branch in branches if isinstance(branch.owner, nn.Module) and branch.fixed]
-        self._optimizers = [branch.owner for branch in branches if isinstance(branch.owner, Optimizer)]
+        self._optimizers: list[Any] = [branch.owner for branch in branches if hasattr(branch.owner, "param_groups")]
         self._tensors: list[Tensor] = []
         self._complete = True
         values = 0

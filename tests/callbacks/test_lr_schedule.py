@@ -163,7 +163,9 @@ def test_skipped_steps_count_so_that_the_schedule_ends_where_it_should() -> None
     batches[2] = batches[3] = poison(batches[2])
     schedule = WarmupCosine(warmup=4)
     trainer = fit(Net(), batches, [LRSchedule(schedule), StepGuard()])
-    assert rates(trainer) == [0.1 * multiple for multiple in multiples(schedule, 8, 8)]
+    # The arithmetic of a skipped step does not run, so it notes no rate.
+    expected = [0.1 * multiple for multiple in multiples(schedule, 8, 8)]
+    assert rates(trainer) == [*expected[:2], *expected[4:]]
 
 
 @pytest.mark.parametrize("guarded", [True, False])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import pytest
 import torch
@@ -26,10 +26,6 @@ def optimizer_with(*rates: float, tensor: bool = False) -> Optimizer:
 
 def rates_of(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
-
-
-def saved_rates(optimizer: Optimizer) -> list[Any]:
-    return [group["lr"] for group in optimizer.state_dict()["param_groups"]]
 
 
 @either
@@ -64,27 +60,35 @@ def test_a_multiple_of_zero_can_be_undone(tensor: bool) -> None:
 
 
 @either
-def test_state_dicts_hold_base_rates_of_their_own(tensor: bool) -> None:
+def test_the_base_rate_that_is_put_back_is_a_number_of_its_own(tensor: bool) -> None:
     optimizer = optimizer_with(0.1, 0.3, tensor=tensor)
     rates = LearningRates(optimizer)
     rates.multiply([0.5, 0.5])
-    saved = saved_rates(optimizer)
-    assert [float(rate) for rate in saved] == [0.1, 0.3]
-    assert all(isinstance(rate, Tensor) == tensor for rate in saved)
-    rates.multiply([0.2, 0.2])
     rates.restore()
     optimizer.param_groups[0]["lr"] *= 10
-    assert [float(rate) for rate in saved] == [0.1, 0.3]  # not the tensor that the optimizer goes on with
+    rates.multiply([0.2, 0.2])
+    assert rates_of(optimizer) == pytest.approx([0.2, 0.06])
+    rates.restore()
     assert rates_of(optimizer) == [1.0, 0.3]
 
 
-def test_writing_into_a_state_dict_does_not_reach_the_base_rate() -> None:
-    optimizer = optimizer_with(0.1, tensor=True)
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_group_without_a_rate_has_no_multiple(absent: bool) -> None:
+    optimizer = optimizer_with(0.1, 0.3)
+    if absent:
+        del optimizer.param_groups[0]["lr"]
+    else:
+        optimizer.param_groups[0]["lr"] = None
     rates = LearningRates(optimizer)
-    rates.multiply([0.5])
-    saved_rates(optimizer)[0].fill_(9.0)
+    assert not rates.known
+    rates.multiply([0.5, 0.5])
+    assert optimizer.param_groups[0].get("lr") is None
+    effective = rates.effective()
+    assert math.isnan(effective[0])
+    assert effective[1] == 0.15
     rates.restore()
-    assert rates_of(optimizer) == [0.1]
+    assert optimizer.param_groups[0].get("lr") is None
+    assert optimizer.param_groups[1]["lr"] == 0.3
 
 
 @either
@@ -93,7 +97,6 @@ def test_what_another_party_writes_is_a_new_base_rate(tensor: bool) -> None:
     rates = LearningRates(optimizer)
     rates.multiply([0.5])
     optimizer.param_groups[0]["lr"] = torch.tensor(0.4, dtype=torch.float64) if tensor else 0.4
-    assert float(saved_rates(optimizer)[0]) == 0.4
     rates.multiply([0.5])
     assert rates_of(optimizer) == [0.2]
     rates.restore()
@@ -181,12 +184,10 @@ def test_effective_rates_are_a_copy() -> None:
 
 
 @either
-def test_detaching_leaves_no_trace(tensor: bool) -> None:
+def test_restoring_twice_does_no_harm(tensor: bool) -> None:
     optimizer = optimizer_with(0.1, tensor=tensor)
     rates = LearningRates(optimizer)
     rates.multiply([0.5])
-    rates.detach()
-    assert rates_of(optimizer) == [0.1]
-    assert not optimizer._optimizer_state_dict_post_hooks
-    rates.detach()  # twice does no harm
+    rates.restore()
+    rates.restore()
     assert rates_of(optimizer) == [0.1]
