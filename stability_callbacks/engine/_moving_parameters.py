@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from operator import is_not
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from stability_callbacks.gradient_pass import group_by_device_and_dtype
 
 __all__ = ["MovingParameters"]
 
-# Windows in which all candidates are copied, to see which of them move.
-_TRIAL = 3
+# Backups after which it is seen whether anything moves; in manual optimization there are two in a batch.
+_TRIAL = 12
 
 # A teacher is about as large as its student. What is far larger is a frozen backbone, which nobody copies each step.
 _LARGEST = 2.0
@@ -24,7 +25,7 @@ class MovingParameters:
     """Backs up the weights that ``training_step`` itself moves, such as a momentum teacher's, and puts them back.
 
     Mean teacher, MoCo, BYOL and DINO update a teacher inside of the training step. A batch that is skipped must not
-    have moved it. Which parameters move is seen in the first windows; those that stay are not copied any more.
+    have moved it. Whether anything moves is seen in the first windows of an epoch; what stays is not copied any more.
 
     Args:
         module: The model.
@@ -34,36 +35,32 @@ class MovingParameters:
     def __init__(self, module: nn.Module, trained: Callable[[], Collection[int]]) -> None:
         self._module = module
         self._trained = trained
-        self._windows = 0
+        self._moving = False
+        self._backups = 0
         self._watched: list[Tensor] = []
         self._copies: list[Tensor] = []
-        self._moved: list[Tensor] = []
+        self._moved: Tensor | None = None
         self.refresh()
 
     def refresh(self) -> None:
         """Look for parameters that were added, or that an optimizer has got since."""
-        if self._windows >= _TRIAL:
-            trained = self._trained()
-            kept = [place for place, each in enumerate(self._watched) if id(each) not in trained]
-            self._watched = [self._watched[place] for place in kept]
-            self._copies = [self._copies[place] for place in kept]
-            return
-        self._watched = _candidates(self._module, self._trained())
-        self._copies = []
-        self._moved = [torch.zeros((), dtype=torch.bool, device=each.device) for each in self._watched]
+        watched = _candidates(self._module, self._trained())
+        if len(watched) != len(self._watched) or any(map(is_not, watched, self._watched)):
+            self._watched, self._copies = watched, []
+        self._backups = 0
 
     @torch.no_grad()
     def take(self) -> None:
         """Back up what may move."""
         if not self._watched:
             return
-        if self._windows < _TRIAL:
-            self._see_what_moves()
+        if not self._moving:
+            self._see_whether_it_moves()
         if len(self._copies) != len(self._watched):
             self._copies = [each.detach().clone() for each in self._watched]
         else:
             _copy(self._copies, [each.detach() for each in self._watched])
-        self._windows += 1
+        self._backups += 1
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -93,13 +90,14 @@ class MovingParameters:
             if id(parameter) in known:
                 copy.copy_(torch.where(parameter != known[id(parameter)], parameter, copy))
 
-    def _see_what_moves(self) -> None:
-        for parameter, copy, moved in zip(self._watched, self._copies, self._moved, strict=False):
-            moved.logical_or_((parameter != copy).any())
-        if self._windows == _TRIAL - 1:  # the only time that the host waits for the device
-            flags = [bool(moved) for moved in self._moved]
-            self._watched = [each for each, moves in zip(self._watched, flags, strict=True) if moves]
-            self._copies = []
+    def _see_whether_it_moves(self) -> None:
+        for parameter, copy in zip(self._watched, self._copies, strict=False):
+            moved = (parameter != copy).any()
+            self._moved = moved if self._moved is None else self._moved | moved.to(self._moved.device)
+        if self._backups == _TRIAL and self._moved is not None:  # the only time that the host waits for the device
+            self._moving = bool(self._moved)
+            if not self._moving:
+                self._watched, self._copies, self._moved = [], [], None
 
 
 def _candidates(module: nn.Module, trained: Collection[int]) -> list[Tensor]:

@@ -363,6 +363,8 @@ def test_a_frozen_backbone_is_not_copied_in_each_step() -> None:
     trained = {id(each) for each in head.parameters()}
     assert not MovingParameters(nn.ModuleList([head, backbone]), lambda: trained)._watched
     still = MovingParameters(nn.ModuleList([head, small]), lambda: trained)
-    for _ in range(4):
+    for _ in range(13):
         still.take()
     assert not still._watched
+    still.refresh()  # in the next epoch it is looked at again
+    assert len(still._watched) == 2
