@@ -283,7 +283,8 @@ class FlightRecorder(StabilityCallback):
             return _not_found("not looked for: the model is sharded, and one process can't run it alone")
         if not _is_on_host([module.state_dict(), [each.batch for each in window]]):
             return _not_found(
-                "not looked for: the model is on an accelerator, which the copy of a process can't use; replay the bundle"
+                "not looked for: the model is on an accelerator, and a copy of the process can't use it; "
+                "replay the bundle"
             )
         if self._search_hung:
             return _not_found("not looked for: an earlier search did not end")
@@ -426,7 +427,7 @@ def _is_on_host(tree: Any) -> bool:
 
 def _unwrap_training_step(module: nn.Module) -> None:
     """Let the module's own step run, whose exceptions tell more than the loss that the engine makes of them."""
-    step = vars(module).get("training_step")
+    step: Any = vars(module).get("training_step")
     made_by = getattr(step, "__globals__", {}).get("__name__", "")
     if made_by.startswith("stability_callbacks.") and hasattr(step, "__wrapped__"):
         vars(module)["training_step"] = step.__wrapped__

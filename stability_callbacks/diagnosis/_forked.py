@@ -83,7 +83,8 @@ def run_in_fork(work: Callable[[], T], timeout: float = TIMEOUT) -> T | Failure:
             _run_and_exit(work, sender, random_state, others_ran)
         try:
             sender.close()
-            return _received(receiver, pid, timeout)
+            result: T | Failure = _received(receiver, pid, timeout)
+            return result
         finally:
             _end(pid)
 

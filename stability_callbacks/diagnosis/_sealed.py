@@ -67,7 +67,7 @@ def seal(keep: int, others_ran: bool) -> None:
         OSError: If something shared can't be cut off.
     """
     _end_with_the_original()
-    for descriptor in map(int, os.listdir("/proc/self/fd")):
+    for descriptor in [int(each.name) for each in Path("/proc/self/fd").iterdir()]:
         if descriptor != keep:
             _replace(descriptor)
     _unshare_memory()
@@ -230,7 +230,7 @@ def _load_in_this_process() -> None:
             )
         return self._own_fetcher.fetch(self._next_index())
 
-    DataLoader._get_iterator = iterator  # type: ignore[method-assign]
+    DataLoader._get_iterator = iterator  # type: ignore[method-assign, assignment]
     dataloader._MultiProcessingDataLoaderIter._next_data = next_data  # type: ignore[method-assign]
 
 
@@ -246,8 +246,8 @@ class _PrivateFiles:
 
     def install(self) -> None:
         """Open files by this class from now on, and refuse what else would be seen outside."""
-        io.open = builtins.open = self.open  # type: ignore[assignment]
-        os.open = self.open_descriptor  # type: ignore[assignment]
+        io.open = builtins.open = self.open
+        os.open = self.open_descriptor
         writer = torch.serialization._open_zipfile_writer_file
 
         def write_zip(name: Any) -> Any:
@@ -276,7 +276,7 @@ class _PrivateFiles:
             self._refuse_existing(path)
         writes = bool(flags & _WRITING)
         if writes and not flags & os.O_CREAT and os.path.realpath(path) not in self._copies:
-            os.stat(path)  # raises, if it isn't there
+            Path(path).stat()  # raises, if it isn't there
         place = self._place(path, writes, keeps=not flags & os.O_TRUNC)
         if place is not path:
             flags &= ~(os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
@@ -288,14 +288,17 @@ class _PrivateFiles:
         if name not in self._copies:
             if not writes or name.startswith("/proc/self/"):
                 return path
-            if os.path.exists(name) and not os.path.isfile(name):
-                return os.devnull if not os.path.isdir(name) else path
-            existing = self._open_descriptor(name, os.O_RDONLY) if keeps and os.path.exists(name) else None
+            file = Path(name)
+            if file.is_dir():
+                return path
+            if file.exists() and not file.is_file():
+                return os.devnull
+            existing = self._open_descriptor(name, os.O_RDONLY) if keeps and file.exists() else None
             self._copies[name] = os.memfd_create("private") if existing is None else _in_memory(existing)
         return f"/proc/self/fd/{self._copies[name]}"
 
     def _refuse_existing(self, path: Any) -> None:
-        if os.fsdecode(os.path.realpath(path)) in self._copies or os.path.exists(path):
+        if os.fsdecode(os.path.realpath(path)) in self._copies or Path(path).exists():
             raise FileExistsError(f"{path} exists")
 
     def _refuse(self, event: str, args: tuple[Any, ...]) -> None:
@@ -303,10 +306,8 @@ class _PrivateFiles:
             path, _, flags = args
             if not isinstance(flags, int) or not flags & _WRITING or isinstance(path, int):
                 return
-            if os.fsdecode(path).startswith(("/proc/", os.devnull)) or os.path.isdir(path):  # for temporary files
+            if os.fsdecode(path).startswith(("/proc/", os.devnull)) or Path(path).is_dir():  # for temporary files
                 return
-        elif event not in _SEEN_OUTSIDE:
-            return
-        elif event == "os.kill" and args[0] == os.getpid():
+        elif event not in _SEEN_OUTSIDE or (event == "os.kill" and args[0] == os.getpid()):
             return
         raise PermissionError(f"{event}{args} would be seen outside of the copy of the process")
