@@ -17,11 +17,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stability_callbacks._validation import check_bool, check_integer, check_path
 from stability_callbacks.detection import input_magnitude
 from stability_callbacks.diagnosis import (
     Cause,
+    Failure,
     Incident,
     IncidentLog,
     RandomState,
@@ -30,6 +32,7 @@ from stability_callbacks.diagnosis import (
     isolated,
     kind_of,
     make_room,
+    run_in_fork,
     tensor_bytes,
     write_bundle,
 )
@@ -61,8 +64,10 @@ class FlightRecorder(StabilityCallback):
     - a line is added to ``incidents.jsonl``, see :class:`~stability_callbacks.diagnosis.Incident` for its fields;
     - for a step that was skipped, a directory under ``bundles`` gets the history as CSV and picture, the offending
       batch, the weights before the step and the random state, within the bounds given;
-    - for a non-finite one the batch is run once more, in isolation, to name the first module and operation that broke,
-      and its line of source.
+    - for a non-finite one the batch is run once more, in a copy of the process, to name the first module and operation
+      that broke, and its line of source. Whatever ``training_step`` does besides (a teacher that it moves, batches that
+      it draws from iterators, files that it writes) happens in the copy alone. Models on an accelerator, and systems
+      other than Linux, are not searched, and the incident says so: replay the bundle.
 
     Of several processes, the one tells of an incident and writes its bundle in which the fault came up again, or else
     whose batch or loss shows it. Each runs its batch by itself: a sharded model, or a step in which processes meet (as
@@ -106,6 +111,7 @@ class FlightRecorder(StabilityCallback):
     _causes: dict[str, list[Cause]]
     _directory: Path
     _warned: bool
+    _search_hung: bool
 
     def __init__(
         self,
@@ -284,20 +290,32 @@ class FlightRecorder(StabilityCallback):
         module, precision = training.module, training.trainer.precision_plugin
         if _is_sharded(module):
             return _not_found("not looked for: the model is sharded, and one process can't run it alone")
-        for micro_batch in window:
+        if not _is_on_host([module.state_dict(), [each.batch for each in window]]):
+            return _not_found(
+                "not looked for: the model is on an accelerator, and a copy of the process can't use it; "
+                "replay the bundle"
+            )
+        if self._search_hung:
+            return _not_found("not looked for: an earlier search did not end")
 
-            def run(micro_batch: _MicroBatch = micro_batch) -> Tensor | None:
-                with precision.train_step_context():
-                    return loss_of(module, micro_batch.batch, micro_batch.batch_idx)
+        def search() -> Cause:
+            for micro_batch in window:
 
-            try:
-                with isolated(module, micro_batch.random_state), _Alone():  # type: ignore[no-untyped-call]
+                def run(micro_batch: _MicroBatch = micro_batch) -> Tensor | None:
+                    with precision.train_step_context():
+                        return loss_of(module, micro_batch.batch, micro_batch.batch_idx)
+
+                with isolated(module, micro_batch.random_state._replace(cuda=())), _Alone():  # type: ignore[no-untyped-call]
                     cause = find_cause(module, run, micro_batch.batch)
-            except Exception as error:  # noqa: BLE001  # an observer must not end training, nor keep others waiting
-                cause = _not_found(f"The search failed with {error!r}")
-            if cause.reproduced:
-                break
-        return cause
+                if cause.reproduced:
+                    break
+            return cause
+
+        found = run_in_fork(search)
+        if isinstance(found, Failure):
+            self._search_hung = found.timed_out
+            return _not_found(str(found))
+        return found
 
     def _write_bundle(
         self, training: Training, incident: Incident, window: list[_MicroBatch], cause: Cause | None
@@ -380,6 +398,7 @@ class FlightRecorder(StabilityCallback):
     def _reset(self) -> None:
         self._summary = {}
         self._causes = {}
+        self._search_hung = False
         self._warned = False
         self._forget()
 
@@ -421,6 +440,10 @@ def _shared(causes: Sequence[Cause]) -> Cause | None:
     if len(places) > 1:
         return _not_found(f"not looked for again: the {len(causes)} before began in {len(places)} places")
     return last._replace(explanation=f"not looked for again; the {len(causes)} before: {last.explanation}")
+
+
+def _is_on_host(tree: Any) -> bool:
+    return all(not isinstance(leaf, Tensor) or leaf.device.type == "cpu" for leaf in tree_leaves(tree))
 
 
 def _not_found(explanation: str) -> Cause:

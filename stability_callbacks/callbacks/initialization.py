@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from stability_callbacks._validation import check_bool, check_instance
+from stability_callbacks.diagnosis import Failure, run_in_fork
 from stability_callbacks.engine import loss_of
 from stability_callbacks.engine._lightning import (
     both,
@@ -62,8 +63,9 @@ class Initialization(Callback):
 
     With ``check=True`` the initialised model is tried out on that batch, through ``training_step``: where activations
     or gradients die or explode, a warning says in which layers, and what helps
-    (:func:`~stability_callbacks.initialization.signal_report`). Training afterwards is the same, bit for bit, as
-    without it, and what ``training_step`` logs goes nowhere. A check that fails does not stop training, but warns.
+    (:func:`~stability_callbacks.initialization.signal_report`). It takes place in a copy of the process, which draws a
+    batch of its own: training afterwards is the same, bit for bit, as without it, whatever ``training_step`` does. A
+    check that fails does not stop training, but warns, as on an accelerator or a system other than Linux.
     Modules with manual optimization, which make backward passes of their own, and sharded ones are not checked.
 
     Args:
@@ -209,14 +211,19 @@ def _check(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Si
         with trainer.precision_plugin.train_step_context():
             return loss_of(model, batch, 0)
 
-    try:
+    if trainer.world_size > 1 and batch is None:
+        batch = _first_batch(trainer)  # all processes get that of rank 0
+
+    def check() -> SignalReport:
         return signal_report(pl_module, _first_batch(trainer) if batch is None else batch, loss_fn)
-    except Exception as error:  # noqa: BLE001  # a user's step may raise anything, and training will say so itself
-        rank_zero_warn(
-            "`Initialization(check=True)` could not check the model, which was initialised all the same:"
-            f" {type(error).__name__}: {error}"
-        )
-        return None
+
+    report = run_in_fork(check)
+    if not isinstance(report, Failure):
+        return report
+    rank_zero_warn(
+        f"`Initialization(check=True)` could not check the model, which was initialised all the same: {report.reason}"
+    )
+    return None
 
 
 def _is_marked(pl_module: pl.LightningModule) -> bool:

@@ -10,6 +10,7 @@ from stability_callbacks.diagnosis._bundle import Bundle, BundleError, read_bund
 from stability_callbacks.diagnosis._cause import Cause, find_cause
 from stability_callbacks.diagnosis._cures import cure_of
 from stability_callbacks.diagnosis._finding import Finding, Severity
+from stability_callbacks.diagnosis._forked import Failure, run_in_fork
 from stability_callbacks.diagnosis._history import StepHistory
 from stability_callbacks.diagnosis._history_csv import StepRow, read_history, write_history
 from stability_callbacks.diagnosis._history_plot import plot_history
@@ -27,6 +28,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Cause",
+    "Failure",
     "Finding",
     "Incident",
     "IncidentLog",
@@ -54,6 +56,7 @@ __all__ = [
     "read_history",
     "read_incidents",
     "register_kind",
+    "run_in_fork",
     "signal_report",
     "tensor_bytes",
     "write_bundle",

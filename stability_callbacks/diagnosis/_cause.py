@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from stability_callbacks.activations import ModuleStack, modules_by_name
 from stability_callbacks.diagnosis._backward_trace import Break, first_break
 from stability_callbacks.diagnosis._forward_trace import ForwardTrace, Origin, Site
 from stability_callbacks.diagnosis._isolation import isolated
+from stability_callbacks.diagnosis._numeric_errors import numeric_fault, raising_line
 from stability_callbacks.diagnosis._values import describe, is_finite
 
 __all__ = ["Cause", "find_cause"]
@@ -68,8 +70,9 @@ def find_cause(model: nn.Module, run: Callable[[], Tensor | None], batch: Any = 
         batch: The batch, of any nesting, to look for non-finite values in it. Default None: unknown.
 
     Returns:
-        The cause. If ``run`` raises an exception, or the fault does not come up again, ``reproduced`` is False and the
-        explanation says so: training should not end because of its diagnosis.
+        The cause. If the fault does not come up again ``reproduced`` is False and the explanation says so. An exception
+        that ``run`` raises ends the search, but not training: the cause is then what was not finite before it, or the
+        line that raised it if it is about numbers.
 
     Raises:
         TypeError: If ``model`` is not a module, or ``run`` cannot be called.
@@ -188,11 +191,18 @@ def _unexplained_loss(loss: Tensor) -> Cause:
 
 
 def _failed(model: nn.Module, trace: ForwardTrace, error: Exception) -> Cause:
+    """Judge a second run that raised: by the fault that was there before, or by what the exception says of numbers."""
     first_line = str(error).partition("\n")[0]
-    text = f"The second run failed with {type(error).__name__}: {first_line}"
-    if trace.first_made is not None:
-        text += f" (before that: {_cause_of(model, trace.first_made).explanation})"
-    return _not_reproduced(text)
+    text = f"the second run failed with {type(error).__name__}: {first_line}"
+    fault = trace.fault_before() or trace.first_made
+    if fault is not None:
+        return _cause_of(model, fault)._replace(explanation=f"{_cause_of(model, fault).explanation}; {text}")
+    if numeric_fault(error) is None:
+        return _not_reproduced(text)
+    last = trace.last_operation or ("", Site("", None))
+    said = re.match(r"(?:torch\.)?((?:linalg\.)?\w+): ", first_line)
+    site = Site(last[1].module, raising_line(error))
+    return _cause(model, "forward", site, said[1] if said else last[0], "")._replace(explanation=text)
 
 
 def _not_reproduced(explanation: str) -> Cause:

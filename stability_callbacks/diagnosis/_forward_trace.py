@@ -112,6 +112,7 @@ class ForwardTrace(TorchDispatchMode):
         self._count = 0
         self._there: list[Origin] = []
         self.first_made: Origin | None = None
+        self.last_operation: tuple[str, Site] | None = None
         self._reached: dict[int, tuple[StorageWeakRef, frozenset[Origin]]] = {}
         self._unset: dict[int, tuple[StorageWeakRef, frozenset[Origin]]] = {}
         self._sites: list[Site] = []
@@ -144,7 +145,7 @@ class ForwardTrace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name, site = self._name_and_site(func)
+        name, site = self.last_operation = self._name_and_site(func)
         with torch.no_grad():
             written, unread = _written(func, args, kwargs)
             overwritten = {id(each): each.clone() for each in written if id(each) not in unread}
