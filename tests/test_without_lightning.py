@@ -20,6 +20,7 @@ from stability_callbacks.clipping import (
     ClipResult,
     ClipRule,
     NormClip,
+    OutlierClip,
     PerGroup,
     ValueClip,
     ZClip,
@@ -148,6 +149,7 @@ RULES: dict[str, Callable[[], ClipRule]] = {
     "agc": lambda: AGC(clip=0.1),
     "auto": lambda: AutoClip(percentile=50),
     "z": lambda: ZClip(warmup_steps=6, max_norm=None),
+    "outlier": lambda: OutlierClip(warmup_steps=6),
     "ada": lambda: AdaGC(warmup_steps=6),
     "per group": lambda: PerGroup({"^head": NormClip(0.5), "^rnn": AutoClip(50), ".*": ValueClip(0.1)}),
 }
