@@ -97,14 +97,16 @@ class SoundModule(L.LightningModule):
     def _judge(self, inputs: Tensor, targets: Tensor) -> Tensor:
         outputs = self.net(inputs)
         if self.task == "classify":
-            return (outputs.argmax(1) == targets).float()
+            right: Tensor = outputs.argmax(1) == targets
+            return right.float()
         return self._errors(outputs, inputs, targets)
 
     def _errors(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         if self.task == "characters":
             return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
         wanted = inputs.flatten(1) if self.task == "reconstruct" else targets
-        return (outputs - wanted).square().flatten(1).sum(1)
+        errors: Tensor = (outputs - wanted).square().flatten(1).sum(1)
+        return errors
 
 
 class GAN(L.LightningModule):

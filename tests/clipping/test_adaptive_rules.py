@@ -1,4 +1,4 @@
-"""AutoClip, ZClip, OutlierClip and AdaGC against float64 references, and on the inputs that break the published code."""
+"""The adaptive rules against float64 references, and on the inputs that break the published code."""
 
 from __future__ import annotations
 

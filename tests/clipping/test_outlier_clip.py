@@ -169,7 +169,7 @@ def test_a_stress_run_hardly_changes_it() -> None:
 def test_a_state_of_another_window_is_refused() -> None:
     rule = OutlierClip(window=20)
     feed(rule, [1.0])
-    with pytest.raises(ValueError, match="holds 20 norms, but OutlierClip.* keeps 30"):
+    with pytest.raises(ValueError, match=r"holds 20 norms, but OutlierClip.* keeps 30"):
         OutlierClip(window=30).load_state_dict(rule.state_dict())
 
 
