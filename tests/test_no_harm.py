@@ -30,6 +30,7 @@ def test_harm_is_told(higher: bool) -> None:
     assert compare(plain, [x + sign * 0.5 for x in plain], higher).verdict == "no worse"
 
 
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
 def test_arms_of_a_run_that_nothing_acts_on_end_equal() -> None:
     plain, suite, observers, former = (
         train("CNN, batch norm, SGD 0.001, low rate", 0, arm) for arm in ("plain", "suite", "observers", "former")
