@@ -22,7 +22,17 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks._models import MODELS
-from stability_callbacks.clipping import AGC, AdaGC, AutoClip, ClipRule, NormClip, PerGroup, ValueClip, ZClip
+from stability_callbacks.clipping import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    ClipRule,
+    NormClip,
+    OutlierClip,
+    PerGroup,
+    ValueClip,
+    ZClip,
+)
 from stability_callbacks.gradient_pass import GradientNorms, NamedParameters, measure_gradients
 from stability_callbacks.initialization import (
     Auto,
@@ -55,6 +65,7 @@ _RULES: list[ClipRule] = [
     AGC(exclude_last_layer=True),
     AutoClip(),
     ZClip(),
+    OutlierClip(),
     AdaGC(),
     PerGroup({"bias": None, ".*": NormClip()}),
 ]

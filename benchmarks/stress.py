@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from stability_callbacks.clipping import AGC, AdaGC, AutoClip, ClipRule, NormClip, ValueClip, ZClip
+from stability_callbacks.clipping import AGC, AdaGC, AutoClip, ClipRule, NormClip, OutlierClip, ValueClip, ZClip
 
 __all__ = ["RULES", "Outcome", "Series", "draw", "stress"]
 
@@ -35,6 +35,7 @@ RULES: dict[str, Callable[[], ClipRule]] = {
     "ZClip": ZClip,
     "ZClip, no cap": lambda: ZClip(max_norm=None),
     "ZClip, mean, no cap": lambda: ZClip(max_norm=None, mode="mean"),
+    "OutlierClip": OutlierClip,
     "AdaGC": AdaGC,
 }
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from stability_callbacks import FlightRecorder, GradientClipping, GradientMonitor, LRSchedule, Rollback, StepGuard
-from stability_callbacks.clipping import AutoClip, ClipRule, NormClip, ValueClip, ZClip
+from stability_callbacks.clipping import AutoClip, ClipRule, NormClip, OutlierClip, ValueClip, ZClip
 from stability_callbacks.detection import InputRange, NonFinite, Spike
 from stability_callbacks.schedules import WarmupCosine
 from tests.models import Silent, fit, make_batches
@@ -72,7 +72,11 @@ def suite(rule: ClipRule) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("rule", [NormClip(1.0), ValueClip(0.1), AutoClip(50), ZClip(warmup_steps=3)], ids=repr)
+@pytest.mark.parametrize(
+    "rule",
+    [NormClip(1.0), ValueClip(0.1), AutoClip(50), ZClip(warmup_steps=3), OutlierClip(warmup_steps=3)],
+    ids=repr,
+)
 def test_a_fused_optimizer_is_never_waited_for_between_log_steps(
     rule: ClipRule, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from stability_callbacks import (
     FlightRecorder,
@@ -19,14 +19,13 @@ from stability_callbacks import (
     StepGuard,
     stability_suite,
 )
-from stability_callbacks.clipping import AGC, NormClip
+from stability_callbacks.clipping import AGC, NormClip, OutlierClip
 from stability_callbacks.detection import NonFinite
 from stability_callbacks.initialization import Auto
 from stability_callbacks.schedules import WarmupCosine
 from tests.models import (
     MemoryLogger,
     NormNet,
-    TinyModel,
     assert_same_bits,
     fit,
     make_batches,
@@ -52,45 +51,72 @@ def test_by_default_it_protects_and_no_more(kind: str) -> None:
         Rollback,
         FlightRecorder,
     }
-    *unit_wise, rule = only(callbacks, GradientClipping).rules
-    assert isinstance(rule, NormClip)
-    assert rule.max_norm == 1.0
-    assert len(unit_wise) == (1 if kind == "cnn" else 0)
+    [rule] = only(callbacks, GradientClipping).rules
+    assert isinstance(rule, OutlierClip)
+    assert (rule.min_threshold, rule.learn_steps) == ((0.0, None) if kind in ("mlp", "cnn") else (1.0, 16))
     [detector] = only(callbacks, StepGuard).detectors
     assert isinstance(detector, NonFinite)
 
 
-class ConvNet(TinyModel):
-    """Ends in its classifier; the optimizer notes the gradients that reach it."""
+class Scaled(NormNet):
+    """Its loss is in another unit; at one step the gradient is a hundred thousand times as large."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4))
-        self.classifier = nn.Linear(4, 3)
+    unit = 1.0
+    explodes_at: int | None = None
 
     def loss(self, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(self.classifier(self.body(batch[0].unsqueeze(1))), batch[1])
-
-    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
-        super().optimizer_step(*arguments, **keywords)
-        self.gradients = {name: parameter.grad.clone() for name, parameter in self.named_parameters()}
+        exploded = self.global_step == self.explodes_at
+        return super().loss(batch) * self.unit * (1e5 if exploded else 1.0)
 
 
-def test_a_cnn_is_clipped_unit_by_unit_except_in_its_classifier() -> None:
-    """The reference is AGC with the classifier's name."""
-    gradients = []
-    for rule in (None, [AGC(exclude=["^classifier"]), NormClip(1.0)], NormClip(1.0)):
-        torch.manual_seed(0)
-        model = ConvNet()
-        callbacks = stability_suite("cnn") if rule is None else [GradientClipping(rule)]
-        fit(model, make_batches(1), callbacks)
-        gradients.append(model.gradients)
-    ours, named, plain = gradients
-    assert_same_bits(ours, named)
-    assert not torch.equal(ours["body.4.weight"], plain["body.4.weight"])
-    [unit_wise, _] = only(stability_suite("cnn"), GradientClipping).rules
-    assert isinstance(unit_wise, AGC)
-    assert unit_wise.clip == 0.01
+def train(kind: str | None, unit: float, explodes_at: int | None = None, rule: Any = None) -> Any:
+    torch.manual_seed(0)
+    model = Scaled(lambda parameters: torch.optim.SGD(parameters, lr=0.02 / unit, momentum=0.9))
+    model.unit, model.explodes_at = unit, explodes_at
+    callbacks = [] if kind is None else stability_suite(kind)
+    if rule is not None:
+        callbacks = [GradientClipping(rule)]
+    return training_state(model, fit(model, make_batches(60), callbacks))
+
+
+@pytest.mark.parametrize(
+    ("kind", "unit"),
+    [("mlp", 0.01), ("mlp", 1.0), ("cnn", 0.01), ("cnn", 1.0), ("rnn", 0.01), ("transformer", 0.01)],
+)
+def test_a_sound_run_goes_on_to_the_bit(kind: str, unit: float) -> None:
+    assert_same_bits(train(kind, unit), train(None, unit))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_in_large_units_is_trained_all_the_same(kind: str) -> None:
+    """In units in which a gradient of norm 1 is next to nothing."""
+    torch.manual_seed(0)
+    before = NormNet().net[0].weight.detach()
+    moved, plain, clipped = (
+        float((state["model"]["net.0.weight"] - before).norm())
+        for state in (train(kind, 1e4), train(None, 1e4), train(None, 1e4, rule=NormClip(1.0)))
+    )
+    assert moved > 0.5 * plain
+    assert clipped < 0.1 * plain
+
+
+def test_norm_1_and_agc_would_not_leave_it_alone() -> None:
+    """Or the test above could not fail."""
+    plain = train(None, 1.0)["model"]["net.0.weight"]
+    for rule in (NormClip(0.1), AGC(exclude_last_layer=True)):
+        assert not torch.equal(train(None, 1.0, rule=rule)["model"]["net.0.weight"], plain)
+
+
+@pytest.mark.parametrize("step", [0, 5, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_explosion_hardly_moves_the_weights(kind: str, step: int) -> None:
+    def distance(one: Any, other: Any) -> float:
+        return max(float((one["model"][name] - other["model"][name]).abs().max()) for name in names)
+
+    calm = train(None, 1.0)
+    names = [name for name in calm["model"] if name.startswith("net") and name.endswith(("weight", "bias"))]
+    assert distance(train(None, 1.0, step), calm) > 100
+    assert distance(train(kind, 1.0, step), calm) < 3
 
 
 @pytest.mark.parametrize(

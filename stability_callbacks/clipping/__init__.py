@@ -14,9 +14,21 @@ from stability_callbacks.clipping._ada_gc import AdaGC
 from stability_callbacks.clipping._agc import AGC
 from stability_callbacks.clipping._auto_clip import AutoClip
 from stability_callbacks.clipping._norm_clip import NormClip
+from stability_callbacks.clipping._outlier_clip import OutlierClip
 from stability_callbacks.clipping._per_group import PerGroup
 from stability_callbacks.clipping._rule import ClipResult, ClipRule
 from stability_callbacks.clipping._value_clip import ValueClip
 from stability_callbacks.clipping._z_clip import ZClip
 
-__all__ = ["AGC", "AdaGC", "AutoClip", "ClipResult", "ClipRule", "NormClip", "PerGroup", "ValueClip", "ZClip"]
+__all__ = [
+    "AGC",
+    "AdaGC",
+    "AutoClip",
+    "ClipResult",
+    "ClipRule",
+    "NormClip",
+    "OutlierClip",
+    "PerGroup",
+    "ValueClip",
+    "ZClip",
+]

@@ -10,12 +10,13 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from stability_callbacks import GradientClipping, StepGuard
-from stability_callbacks.clipping import AGC, AdaGC, AutoClip, ClipRule, NormClip, PerGroup, ZClip
+from stability_callbacks.clipping import AGC, AdaGC, AutoClip, ClipRule, NormClip, OutlierClip, PerGroup, ZClip
 from tests.models import MODELS, NormNet, TwoOptimizers, assert_same_bits, fit, make_batches, poison, training_state
 
 RULES: dict[str, Any] = {
     "auto": lambda: AutoClip(percentile=50),
     "z": lambda: ZClip(warmup_steps=2),
+    "outlier": lambda: OutlierClip(window=4, z_threshold=1.0, warmup_steps=2, warmup_ratio=0.1),
     "ada": lambda: AdaGC(warmup_steps=2),
     "agc": lambda: AGC(clip=0.05, exclude=["head"]),
     "group": lambda: PerGroup({"weight": AutoClip(30), ".*": NormClip(0.1)}),

@@ -78,6 +78,37 @@ def z_clip(
     return clipped
 
 
+def outlier_clip(
+    norms: Sequence[float],
+    window: int,
+    z_threshold: float,
+    warmup_steps: int,
+    first: float,
+    min_threshold: float = 0.0,
+    learn_steps: float = math.inf,
+) -> list[float]:
+    """`first` bounds the norms until there are enough to compare with."""
+    history: list[float] = []
+    clipped = []
+    for norm in norms:
+        if not (math.isfinite(norm) and norm > 0):
+            clipped.append(norm)
+            continue
+        recent = np.array(history[-window:])
+        warm = len(history) < warmup_steps
+        if warm:
+            threshold = first
+        else:
+            median = float(np.median(recent))
+            deviation = max(1.4826 * float(np.median(np.abs(recent - median))), 0.2)
+            threshold = math.exp(median + z_threshold * deviation)
+        threshold = max(threshold, min_threshold)
+        if len(history) < learn_steps:
+            history.append(math.log(norm if warm else min(norm, threshold)))
+        clipped.append(clip_to(norm, threshold))
+    return clipped
+
+
 def ada_gc(
     steps: Sequence[Sequence[float]], beta: float, ratio: float, warmup_steps: int, warmup_max_norm: float
 ) -> list[list[float]]:
