@@ -35,7 +35,7 @@ class Wording:
     """What a finding is called, what it means, and what to change. Backticks mark code.
 
     The texts may hold gaps that an incident fills in, see :meth:`Incident.wording`: ``{operation}``, ``{where}``,
-    ``{at}`` (the line of source), ``{cure}`` (what to write instead of the operation), ``{first}`` and ``{last}``
+    ``{at}`` (the line of source), ``{cure}`` (what to write instead of the operation), ``{reason}`` (why it broke), ``{first}`` and ``{last}``
     (steps).
 
     Attributes:
