@@ -17,7 +17,8 @@ def cure_of(operation: str | None, reason: str | None = None) -> str | None:
     The reason comes first, where it is known: a mean over nothing and a mean that overflows have different cures.
 
     Args:
-        operation: The operation, as ``"log"``, or the node of its backward pass, as ``"LogBackward0"``; None: not known.
+        operation: The operation, as ``"log"``, or the node of its backward pass, as ``"LogBackward0"``; None: not
+            known.
         reason: Why, as in ``Cause.reason``. Default None: not known.
 
     Returns:
@@ -123,8 +124,8 @@ _BY_BOTH = {
     },
     "overflow_float16": {
         "exp exp2 expm1 sinh cosh": (
-            "It overflows float16, which ends at 65,504: subtract the maximum first (`logsumexp`, `log_softmax`), train "
-            "in `bf16-mixed`, or compute this part in float32 (`with torch.autocast(device_type, enabled=False):`, on "
+            "It overflows float16, which ends at 65,504: subtract the maximum first (`logsumexp`, `log_softmax`), "
+            "train in `bf16-mixed`, or compute this part in float32 (`with torch.autocast(device_type, enabled=False):`, on "
             "`x.float()`)."
         ),
     },
@@ -161,11 +162,12 @@ _BY_REASON = {
     "empty": "It is taken over no elements: leave out empty batches, or divide a sum by the count, at least 1.",
     "one_element": "Of a single element use `correction=0`, or leave out batches and groups that are that small.",
     "masked_row": (
-        "Give every query one position that it may attend to, or mask with the dtype's lowest number in place of `-inf`."
+        "Give every query one position that it may attend to, or mask with the dtype's lowest number in place of "
+        "`-inf`."
     ),
     "nonfinite_input": (
-        "It works with infinity or NaN, and `0 * inf` is NaN: mask with the dtype's lowest number in place of `-inf`, and "
-        "choose arguments before the operation in place of masking its result."
+        "It works with infinity or NaN, and `0 * inf` is NaN: mask with the dtype's lowest number in place of `-inf`, "
+        "and choose arguments before the operation in place of masking its result."
     ),
     "equal_values": (
         "The gradient of singular vectors or eigenvectors is undefined where two values are equal: add a small random "

@@ -34,8 +34,39 @@ _DIFFERENCES = {
 
 # Sums of products: their gradients are finite unless they are too large for their type.
 _PRODUCTS = set(
-    "mul addmm mm bmm baddbmm addbmm mv addmv dot convolution mkldnnconvolution cudnnconvolution linear exp exp2 expm1 "
-    "sinh cosh sum mean add sub square toCopy tocopy cumsum matmul lerp addcmul embedding nlloss".split()
+    [
+        "mul",
+        "addmm",
+        "mm",
+        "bmm",
+        "baddbmm",
+        "addbmm",
+        "mv",
+        "addmv",
+        "dot",
+        "convolution",
+        "mkldnnconvolution",
+        "cudnnconvolution",
+        "linear",
+        "exp",
+        "exp2",
+        "expm1",
+        "sinh",
+        "cosh",
+        "sum",
+        "mean",
+        "add",
+        "sub",
+        "square",
+        "toCopy",
+        "tocopy",
+        "cumsum",
+        "matmul",
+        "lerp",
+        "addcmul",
+        "embedding",
+        "nlloss",
+    ]
 )
 
 

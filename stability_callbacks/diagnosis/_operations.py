@@ -22,8 +22,41 @@ _ATTENTION = "scaled_dot_product_attention"
 
 # Of these a finite argument gives an infinite result by its size alone.
 _WITHOUT_POLES = set(
-    "add sub rsub mul square sum cumsum cumprod prod exp exp2 expm1 sinh cosh mm addmm bmm baddbmm addbmm addmv mv dot "
-    "matmul linear convolution embedding_bag to copy lerp addcmul mean logcumsumexp batch_norm".split()
+    [
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "square",
+        "sum",
+        "cumsum",
+        "cumprod",
+        "prod",
+        "exp",
+        "exp2",
+        "expm1",
+        "sinh",
+        "cosh",
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "addbmm",
+        "addmv",
+        "mv",
+        "dot",
+        "matmul",
+        "linear",
+        "convolution",
+        "embedding_bag",
+        "to",
+        "copy",
+        "lerp",
+        "addcmul",
+        "mean",
+        "logcumsumexp",
+        "batch_norm",
+    ]
 )
 
 # These only allocate: what lies in the memory is nobody's result.

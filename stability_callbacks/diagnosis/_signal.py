@@ -84,9 +84,9 @@ def signal_report(
 
     The factors :math:`\max(1, a)` and :math:`\min(1, a)` are for large or small activations in front of a norm, whose
     gradients are small or large for this reason alone. Remarks, not faults, are ``frozen``, ``unused`` (trainable, but
-    the loss does not depend on it, called or not) and ``silent by zero initialisation``: the gradient is zero, but comes alive once
-    zero-initialised parameters after it have moved. This is tried: those that have a gradient are moved along it by
-    0.01 per element, the passes are repeated, and the zeros put back. Likewise ``detached`` is told from ``unused``:
+    the loss does not depend on it, called or not) and ``silent by zero initialisation``: the gradient is zero, but
+    comes alive once zero-initialised parameters after it have moved. This is tried: those that have a gradient are
+    moved along it by 0.01 per element, the passes are repeated, and the zeros put back. Likewise ``detached`` is told from ``unused``:
     the layers without a gradient get other weights for one forward pass each, and the loss moves or not.
 
     The thresholds come from experiments on digits, of one or two seeds each. With PyTorch's default initialisation, 8

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from stability_callbacks.diagnosis._kinds import Kind, register_kind
 
-__all__ = ["DEAD", "DETACHED", "EXPLODING_BACKWARD", "EXPLODING_FORWARD", "FROZEN", "NON_FINITE", "REMEDIES", "SILENT", "UNUSED"]
+__all__ = [
+    "DEAD",
+    "DETACHED",
+    "EXPLODING_BACKWARD",
+    "EXPLODING_FORWARD",
+    "FROZEN",
+    "NON_FINITE",
+    "REMEDIES",
+    "SILENT",
+    "UNUSED",
+]
 __all__ += ["VANISHING_BACKWARD", "VANISHING_FORWARD"]
 
 NON_FINITE = "non-finite"

@@ -74,8 +74,9 @@ class SignalFinding(Finding):
         severity: ``"error"`` for ``"non-finite"`` and ``"dead"``, else ``"warning"``.
         where: The first of the layers; empty where that is the model itself.
         evidence: The numbers that show it, and the layers that they are of: ``first_layer`` and ``loss``;
-            ``gradient_or_signal``; ``layers``, their number; ``activation_std`` and ``layer``; or ``lowest``, ``lowest_layer``, ``highest`` and
-            ``highest_layer`` of the standard deviation over the batch or the norm of the output's gradient.
+            ``gradient_or_signal``; ``layers``, their number; ``activation_std`` and ``layer``; or ``lowest``,
+            ``lowest_layer``, ``highest`` and ``highest_layer`` of the standard deviation over the batch or the norm of
+            the output's gradient.
         causes: Empty.
         remedy: What to do.
         layers: The layers concerned, in order of execution.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -133,7 +134,7 @@ def _of_place(run: _Run, pairs: Sequence[tuple[Tensor, Tensor]]) -> Reason:
 
 
 def _is_near_finite(run: _Run, index: int, bad: Tensor) -> bool:
-    return any(_some_finite(run, index, bad, lambda x, sign=sign: _moved(x, sign)) for sign in (_STEP, -_STEP))
+    return any(_some_finite(run, index, bad, partial(_moved, step=step)) for step in (_STEP, -_STEP))
 
 
 def _moved(x: Tensor, step: float) -> Tensor:

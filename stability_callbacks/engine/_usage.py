@@ -51,8 +51,8 @@ def warn_of_anomaly_detection(trainer: pl.Trainer) -> None:
     """
     if trainer.world_size > 1 and torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
         rank_zero_warn(
-            "Anomaly detection is on (`Trainer(detect_anomaly=True)` or `torch.autograd.set_detect_anomaly`), and there "
-            f"are {trainer.world_size} processes: the first NaN in a backward pass raises an exception and ends "
+            "Anomaly detection is on (`Trainer(detect_anomaly=True)` or `torch.autograd.set_detect_anomaly`), and "
+            f"there are {trainer.world_size} processes: the first NaN in a backward pass raises an exception and ends "
             "training, so bad steps can't be skipped. Turn it off: FlightRecorder names the operation that made the "
             "NaN, too."
         )
