@@ -6,18 +6,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from stability_callbacks.diagnosis._gradient_reasons import reason_of_gradient
+from stability_callbacks.diagnosis._origin import Origin
 from stability_callbacks.diagnosis._reasons import overflow_of
 from stability_callbacks.diagnosis._values import count, describe, is_finite, kinds, largest, numbers
-
-if TYPE_CHECKING:
-    from stability_callbacks.diagnosis._forward_trace import Origin
 
 __all__ = ["Break", "first_break", "node_name"]
 
@@ -44,7 +42,7 @@ class Break(NamedTuple):
     origin: Origin | None = None
 
 
-OriginOf = Callable[[Sequence[Tensor], int, str], "Origin | None"]
+OriginOf = Callable[[Sequence[Tensor], int, str], Origin | None]
 """Knows where the non-finite ones of a node's operands came from, by what it kept, its sequence number and its name."""
 
 

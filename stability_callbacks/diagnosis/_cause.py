@@ -14,8 +14,9 @@ from stability_callbacks._names import plain_name
 from stability_callbacks._validation import check_instance
 from stability_callbacks.activations import ModuleStack, modules_by_name
 from stability_callbacks.diagnosis._backward_trace import Break, first_break
-from stability_callbacks.diagnosis._forward_trace import ForwardTrace, Origin, Site
+from stability_callbacks.diagnosis._forward_trace import ForwardTrace
 from stability_callbacks.diagnosis._isolation import isolated
+from stability_callbacks.diagnosis._origin import Origin, Site
 from stability_callbacks.diagnosis._values import describe, is_finite
 
 __all__ = ["Cause", "find_cause"]

@@ -18,44 +18,15 @@ from stability_callbacks._nesting import named_values
 from stability_callbacks.activations import ModuleStack
 from stability_callbacks.diagnosis._backward_trace import node_name
 from stability_callbacks.diagnosis._operations import Call, leaves_memory_unset, operation_name
-from stability_callbacks.diagnosis._source import SourceLine, calling_line
+from stability_callbacks.diagnosis._origin import Origin, Site
+from stability_callbacks.diagnosis._source import calling_line
 from stability_callbacks.diagnosis._values import describe, is_finite, kinds, numbers
 from stability_callbacks.gradient_pass import writable_values
 
-__all__ = ["ForwardTrace", "Origin", "Site"]
+__all__ = ["ForwardTrace"]
 
 # In-place operations whose result does not depend on what was there.
 _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_", "exponential_"}
-
-
-class Site(NamedTuple):
-    """Where an operation ran: the full name of its module (``""``: the root's own code), and the user's line."""
-
-    module: str
-    line: SourceLine | None
-
-
-class Origin(NamedTuple):
-    """Where non-finite values came into a forward pass.
-
-    Args:
-        order: Rises in the order of time.
-        phase: ``"input"``, ``"parameter"``, ``"buffer"``: there before; ``"forward"``: made by an operation;
-            ``"given"``: there before, in some other tensor.
-        name: The place in the batch, the name of the parameter or buffer, or the operation.
-        what: What happened, in words.
-        intended: Whether they are infinities that someone wrote on purpose, as for masks.
-        site: Where the operation ran; None for what was there before.
-        reason: Why an operation made them, one of ``REASONS``; None where that can't be told.
-    """
-
-    order: int
-    phase: str
-    name: str
-    what: str
-    intended: bool = False
-    site: Site | None = None
-    reason: str | None = None
 
 
 class _Execution(NamedTuple):

@@ -33,41 +33,11 @@ _DIFFERENCES = {
 }
 
 # Sums of products: their gradients are finite unless they are too large for their type.
-_PRODUCTS = set(
-    [
-        "mul",
-        "addmm",
-        "mm",
-        "bmm",
-        "baddbmm",
-        "addbmm",
-        "mv",
-        "addmv",
-        "dot",
-        "convolution",
-        "mkldnnconvolution",
-        "cudnnconvolution",
-        "linear",
-        "exp",
-        "exp2",
-        "expm1",
-        "sinh",
-        "cosh",
-        "sum",
-        "mean",
-        "add",
-        "sub",
-        "square",
-        "toCopy",
-        "tocopy",
-        "cumsum",
-        "matmul",
-        "lerp",
-        "addcmul",
-        "embedding",
-        "nlloss",
-    ]
-)
+_PRODUCTS = {
+    "mul", "addmm", "mm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution", "mkldnnconvolution",
+    "cudnnconvolution", "linear", "exp", "exp2", "expm1", "sinh", "cosh", "sum", "mean", "add", "sub", "square",
+    "tocopy", "cumsum", "matmul", "lerp", "addcmul", "embedding", "nllloss",
+}  # fmt: skip
 
 
 @torch.no_grad()

@@ -21,43 +21,11 @@ _INNER_NAME = re.compile(r"^_*(?:native_|cudnn_|miopen_|mkldnn_|thnn_|fused_)*|(
 _ATTENTION = "scaled_dot_product_attention"
 
 # Of these a finite argument gives an infinite result by its size alone.
-_WITHOUT_POLES = set(
-    [
-        "add",
-        "sub",
-        "rsub",
-        "mul",
-        "square",
-        "sum",
-        "cumsum",
-        "cumprod",
-        "prod",
-        "exp",
-        "exp2",
-        "expm1",
-        "sinh",
-        "cosh",
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "addbmm",
-        "addmv",
-        "mv",
-        "dot",
-        "matmul",
-        "linear",
-        "convolution",
-        "embedding_bag",
-        "to",
-        "copy",
-        "lerp",
-        "addcmul",
-        "mean",
-        "logcumsumexp",
-        "batch_norm",
-    ]
-)
+_WITHOUT_POLES = {
+    "add", "sub", "rsub", "mul", "square", "sum", "cumsum", "cumprod", "prod", "exp", "exp2", "expm1", "sinh", "cosh",
+    "mm", "addmm", "bmm", "baddbmm", "addbmm", "addmv", "mv", "dot", "matmul", "linear", "convolution",
+    "embedding_bag", "to", "copy", "lerp", "addcmul", "mean", "logcumsumexp", "batch_norm",
+}  # fmt: skip
 
 # These only allocate: what lies in the memory is nobody's result.
 _ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
