@@ -125,8 +125,8 @@ _BY_BOTH = {
     "overflow_float16": {
         "exp exp2 expm1 sinh cosh": (
             "It overflows float16, which ends at 65,504: subtract the maximum first (`logsumexp`, `log_softmax`), "
-            "train in `bf16-mixed`, or compute this part in float32 (`with torch.autocast(device_type, enabled=False):`, "
-            "on `x.float()`)."
+            "train in `bf16-mixed`, or compute this part in float32 "
+            "(`with torch.autocast(device_type, enabled=False):`, on `x.float()`)."
         ),
     },
     "pole": {names: cure for names, cure in _CURES.items() if "safe_" in cure or "Clamp" in cure},

@@ -20,7 +20,7 @@ _STEEP_AT_ZERO = {
     **dict.fromkeys(("log", "log2", "log10", "pow", "lgamma", "digamma", "polygamma"), ("self",)),
     **dict.fromkeys(("div", "addcdiv"), ("other", "tensor2")),
     **dict.fromkeys(("std", "stdmean"), ("result", "result0")),
-    **dict.fromkeys(("norm", "linalgvectornorm", "cdist", "euclideandist", "pairwisedistance"), ("result",)),
+    **dict.fromkeys(("norm", "linalgvectornorm", "cdist", "euclideandist", "hypot"), ("result",)),
     "xlogy": ("other",),
 }
 # The same at plus or minus 1.
@@ -56,7 +56,9 @@ def reason_of_gradient(
     if bad:
         return Reason("nonfinite_input", f"it works with `{bad[0]}`, which is not finite")
     plain = plain_operation(name)
-    return _steep(plain, saved) or _equal(plain, saved) or _overflow(plain, saved, given, made)
+    return (
+        _steep(plain, saved) or _equal(plain, saved) or _deficient(plain, saved) or _overflow(plain, saved, given, made)
+    )
 
 
 def _steep(plain: str, saved: Mapping[str, Tensor]) -> Reason:
@@ -65,7 +67,7 @@ def _steep(plain: str, saved: Mapping[str, Tensor]) -> Reason:
         return Reason("pole", "the slope is infinite or undefined at 0")
     own = values.get("self")
     if plain in _STEEP_AT_ONE and own is not None and bool((own.abs() == 1).any()):
-        return Reason("pole", "the slope is infinite at 1 and -1")
+        return Reason("pole", "the slope is infinite at the end of its domain")
     return Reason()
 
 
@@ -84,6 +86,16 @@ def _equal(plain: str, saved: Mapping[str, Tensor]) -> Reason:
         if "svd" in plain and bool((found == 0).any()):
             return Reason("singular", "a singular value is 0, and it divides by it")
     return Reason()
+
+
+def _deficient(plain: str, saved: Mapping[str, Tensor]) -> Reason:
+    """A QR decomposition of a matrix whose columns depend on each other: the gradient divides by the diagonal."""
+    triangle = saved.get("R") if plain == "linalgqr" else None
+    if triangle is None:
+        return Reason()
+    diagonal = numbers(triangle).diagonal(dim1=-2, dim2=-1).abs()
+    tiny = torch.finfo(diagonal.dtype).eps * numbers(triangle).abs().amax()
+    return Reason("singular", "the columns depend on each other") if bool((diagonal <= tiny).any()) else Reason()
 
 
 def _overflow(plain: str, saved: Mapping[str, Tensor], given: Sequence[Tensor], made: Sequence[Tensor]) -> Reason:

@@ -250,6 +250,11 @@ GRADIENTS = {
     "eigh": Gradient(
         [[5.0, 0.0], [0.0, 5.0]], lambda x: torch.linalg.eigh(x)[1][0], "LinalgEighBackward0", "equal_values", "detach"
     ),
+    "hypot": Gradient([0.0, 3.0], lambda x: torch.hypot(x, x), "HypotBackward0", "pole", "clamp"),
+    "acosh": Gradient([1.0, 3.0], torch.acosh, "AcoshBackward0", "pole", "Clamp"),
+    "qr": Gradient(
+        [[1.0, 1.0], [1.0, 1.0]], lambda x: torch.linalg.qr(x)[0], "LinalgQrBackward0", "singular", "identity"
+    ),
     "a large product": Gradient(
         [1e-30, 0.0], lambda x: x * torch.tensor([1e20, 1.0]) * 1e20, "MulBackward0", "overflow", "overflow"
     ),
