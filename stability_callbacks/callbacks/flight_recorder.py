@@ -269,12 +269,13 @@ class FlightRecorder(StabilityCallback):
     ) -> Incident:
         """The incident with its cause and its bundle, which is written if that is possible."""
         if cause is not None:
+            reason: dict[str, float | str] = {} if cause.reason is None else {"reason": cause.reason}
             incident = replace(
                 incident,
                 module=cause.module,
                 operation=cause.operation,
                 source=cause.source,
-                evidence={**incident.evidence, "cause": cause.explanation, "phase": cause.phase or ""},
+                evidence={**incident.evidence, "cause": cause.explanation, "phase": cause.phase or "", **reason},
             )
         if self.max_bundles and kind_of(incident.kind).bundled:
             path = self._try(partial(self._write_bundle, training, incident, window, cause))

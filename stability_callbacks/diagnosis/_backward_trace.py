@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stability_callbacks.diagnosis._values import count, describe, is_finite, largest, numbers
+from stability_callbacks.diagnosis._gradient_reasons import reason_of_gradient
+from stability_callbacks.diagnosis._origin import Origin
+from stability_callbacks.diagnosis._reasons import overflow_of
+from stability_callbacks.diagnosis._values import count, describe, is_finite, kinds, largest, numbers
 
 __all__ = ["Break", "first_break", "node_name"]
 
@@ -26,6 +29,8 @@ class Break(NamedTuple):
         sequence_number: Tells when the node was made, see :meth:`ForwardTrace.site_of`.
         what: What happened, in words.
         parameter: Name of the parameter in whose gradient alone it shows, with ``"AccumulateGrad"``.
+        reason: Why, one of ``REASONS``; None where that can't be told.
+        origin: Where the non-finite values came from that the node worked with; None if they were finite.
     """
 
     order: int
@@ -33,9 +38,15 @@ class Break(NamedTuple):
     sequence_number: int
     what: str
     parameter: str | None = None
+    reason: str | None = None
+    origin: Origin | None = None
 
 
-def first_break(loss: Tensor, parameters: Sequence[tuple[str, Tensor]]) -> Break | None:
+OriginOf = Callable[[Sequence[Tensor], int, str], Origin | None]
+"""Knows where the non-finite ones of a node's operands came from, by what it kept, its sequence number and its name."""
+
+
+def first_break(loss: Tensor, parameters: Sequence[tuple[str, Tensor]], origin_of: OriginOf) -> Break | None:
     """Where a backward pass first breaks: which node gives non-finite gradients for finite ones.
 
     Of the nodes that do so, the first in the order of the backward pass whose gradients reach a parameter counts:
@@ -44,6 +55,7 @@ def first_break(loss: Tensor, parameters: Sequence[tuple[str, Tensor]]) -> Break
     Args:
         loss: The loss.
         parameters: Names and parameters.
+        origin_of: Tells where non-finite values came from in the forward pass.
 
     Returns:
         The break; None if all gradients are finite.
@@ -51,7 +63,7 @@ def first_break(loss: Tensor, parameters: Sequence[tuple[str, Tensor]]) -> Break
     wanted = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     if not wanted or loss.grad_fn is None:
         return None
-    trace = _BackwardTrace()
+    trace = _BackwardTrace(origin_of)
     with ExitStack() as hooks:
         for node in _nodes_below(loss.grad_fn):
             # Python keeps one object for each node as long as somebody holds it.
@@ -73,7 +85,8 @@ def first_break(loss: Tensor, parameters: Sequence[tuple[str, Tensor]]) -> Break
         f"the gradient of {name} holds {describe(gradient)}, although all that is summed up in it is finite: the sum"
         " overflowed, or a gradient hook changed it"
     )
-    return Break(0, "AccumulateGrad", -1, what, name)
+    kind = overflow_of(gradient.dtype) if gradient.is_floating_point() and "NaN" not in kinds(gradient) else None
+    return Break(0, "AccumulateGrad", -1, what, name, kind)
 
 
 def node_name(node: Node) -> str:
@@ -99,7 +112,8 @@ def _is_leaf(node: Node) -> bool:
 class _BackwardTrace:
     """Notes at each node whether its gradients break there, or came broken."""
 
-    def __init__(self) -> None:
+    def __init__(self, origin_of: OriginOf) -> None:
+        self._origin_of = origin_of
         self.reached_parameters: set[Break] = set()
         self._reached: defaultdict[tuple[Node, int], set[Break]] = defaultdict(set)
         self._count = 0
@@ -116,9 +130,7 @@ class _BackwardTrace:
         breaks = set[Break]().union(*(self._reached[node, index] for index in sources))
         if not breaks:
             self._count += 1
-            breaks = {
-                Break(self._count, node_name(node), node._sequence_nr(), _reason(node, grad_outputs, bool(sources)))
-            }
+            breaks = {self._break(node, grad_inputs, grad_outputs, bool(sources))}
         for target, index in targets:
             if target is None:
                 continue
@@ -126,34 +138,52 @@ class _BackwardTrace:
                 self.reached_parameters |= breaks
             self._reached[target, index] |= breaks
 
+    def _break(
+        self,
+        node: Node,
+        grad_inputs: Sequence[Tensor | None],
+        grad_outputs: Sequence[Tensor | None],
+        came_broken: bool,
+    ) -> Break:
+        name, number = node_name(node), node._sequence_nr()
+        if came_broken:
+            what = f"{name} was given non-finite gradients: a sum of finite ones, or the result of a gradient hook"
+            return Break(self._count, name, number, what)
+        saved = saved_tensors(node)
+        incoming = [gradient for gradient in grad_outputs if gradient is not None]
+        size = max(map(largest, incoming), default=0.0)
+        reason = reason_of_gradient(name, saved, incoming, [each for each in grad_inputs if each is not None])
+        facts = [*filter(None, [reason.words]), f"the largest gradient given to it is {size:.6g}", *_saved_facts(saved)]
+        what = f"{name} made non-finite gradients from finite ones ({', '.join(facts)})"
+        origin = self._origin_of(list(saved.values()), number, name)
+        return Break(self._count, name, number, what, None, reason.kind, origin)
+
 
 def _is_broken(gradient: Tensor | None) -> bool:
     return gradient is not None and not is_finite(gradient)
 
 
-def _reason(node: Node, grad_outputs: Sequence[Tensor | None], came_broken: bool) -> str:
-    incoming = [gradient for gradient in grad_outputs if gradient is not None]
-    name = node_name(node)
-    if came_broken:
-        return f"{name} was given non-finite gradients: a sum of finite ones, or the result of a gradient hook"
-    size = max(map(largest, incoming), default=0.0)
-    facts = [f"the largest gradient given to it is {size:.6g}", *_saved_facts(node)]
-    return f"{name} made non-finite gradients from finite ones ({', '.join(facts)})"
-
-
-def _saved_facts(node: Node) -> list[str]:
-    """What is striking about the tensors that a node kept from the forward pass."""
-    facts = []
-    for attribute in dir(node):
-        if not attribute.startswith("_saved_"):
-            continue
+def saved_tensors(node: Node) -> dict[str, Tensor]:
+    """The floating-point tensors that a node kept of the forward pass, by name, as far as they can be read."""
+    names = [each for each in dir(node) if each.startswith("_saved_") or each == "saved_tensors"]
+    found: dict[str, Tensor] = {}
+    for attribute in names:
         try:
             value = getattr(node, attribute)
         except RuntimeError:  # a checkpoint gives its tensors out once only, and the node had them
             continue
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-            continue
-        name = attribute.removeprefix("_saved_")
+        several = list(value) if isinstance(value, tuple | list) else [value]
+        for index, each in enumerate(several):
+            if isinstance(each, Tensor) and (each.is_floating_point() or each.is_complex()):
+                name = attribute.removeprefix("_saved_")
+                found[name if len(several) == 1 else f"{name}[{index}]"] = each
+    return found
+
+
+def _saved_facts(saved: Mapping[str, Tensor]) -> list[str]:
+    """What is striking about the tensors that a node kept from the forward pass."""
+    facts = []
+    for name, value in saved.items():
         if not is_finite(value):
             facts.append(f"`{name}` held {describe(value)}")
         elif zeros := count(numbers(value) == 0):

@@ -88,8 +88,8 @@ register_kind(
             "forward": Wording(
                 title="`{operation}` {where} made a value that is not finite",
                 meaning=(
-                    "What it was given was finite, what it gave was not{at}. Each such step is skipped and costs a "
-                    "batch, and they come back until the operation is safe for every input."
+                    "What it was given was as it was meant, what it gave was not{at}.{reason} Each such step is "
+                    "skipped and costs a batch, and they come back until the operation is safe for every input."
                 ),
                 remedies=(
                     "{cure}",
@@ -109,7 +109,7 @@ register_kind(
                 title="The gradient breaks in `{operation}` {where}",
                 meaning=(
                     "The loss is finite, its gradient is not{at}: the slope there is infinite or undefined, or the "
-                    "gradient overflows."
+                    "gradient overflows.{reason}"
                 ),
                 remedies=(
                     "{cure}",

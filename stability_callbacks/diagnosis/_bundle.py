@@ -182,9 +182,14 @@ def read_bundle(path: str | PathLike[str], *, tensors: bool = True, allow_classe
         batches=read(_BATCH, load),
         weights=read(_WEIGHTS, load),
         random_state=read(_RANDOM_STATE, lambda file: RandomState(**load(file))),
-        cause=read(_CAUSE, lambda file: Cause(**_read_json(file))),
+        cause=read(_CAUSE, lambda file: _cause(_read_json(file))),
         meta=read(_META, _read_json),
     )
+
+
+def _cause(values: dict[str, Any]) -> Cause:
+    """The cause on record; what newer versions tell beside is left out."""
+    return Cause(**{name: value for name, value in values.items() if name in Cause._fields})
 
 
 class FileRecord(NamedTuple):

@@ -15,9 +15,10 @@ from stability_callbacks._names import plain_name
 from stability_callbacks._validation import check_instance
 from stability_callbacks.activations import ModuleStack, modules_by_name
 from stability_callbacks.diagnosis._backward_trace import Break, first_break
-from stability_callbacks.diagnosis._forward_trace import ForwardTrace, Origin, Site
+from stability_callbacks.diagnosis._forward_trace import ForwardTrace
 from stability_callbacks.diagnosis._isolation import isolated
 from stability_callbacks.diagnosis._numeric_errors import numeric_fault, raising_line
+from stability_callbacks.diagnosis._origin import Origin, Site
 from stability_callbacks.diagnosis._values import describe, is_finite
 
 __all__ = ["Cause", "find_cause"]
@@ -37,6 +38,10 @@ class Cause(NamedTuple):
         operation: The operation, such as ``"log"``, or the node of the backward pass, such as ``"SqrtBackward0"``.
         source: The user's line of code, as ``"model.py:42 in forward: `y = x.log()`"``.
         explanation: All of it in words, with the numbers that tell why.
+        reason: Why the operation broke, in a word for machines: ``"overflow"``, ``"overflow_float16"`` (of float16 and
+            smaller types), ``"precision"``, ``"pole"``, ``"domain"``, ``"empty"``, ``"one_element"``, ``"masked_row"``,
+            ``"nonfinite_input"``, ``"equal_values"``, ``"singular"``, ``"alignment"`` or ``"unset_memory"``; None where
+            it can't be told, or an older version wrote it.
     """
 
     reproduced: bool
@@ -46,6 +51,7 @@ class Cause(NamedTuple):
     operation: str | None
     source: str | None
     explanation: str
+    reason: str | None = None
 
 
 def find_cause(model: nn.Module, run: Callable[[], Tensor | None], batch: Any = None) -> Cause:
@@ -56,7 +62,11 @@ def find_cause(model: nn.Module, run: Callable[[], Tensor | None], batch: Any = 
     blamed. Infinities that are written on purpose, as attention masks are, be they written by an operation or held by a
     buffer or the batch, are no fault by themselves: if NaN is made of them, as by the softmax of a row that is masked
     entirely, the operation that makes it is named. If the loss is finite, the gradients are computed in the same way,
-    and the first node of the backward pass is named whose non-finite gradients reach a parameter.
+    and the first node of the backward pass is named whose non-finite gradients reach a parameter. If that node worked
+    with values that were not finite, which something hid from the loss, it is not to blame: the origin of those values
+    is named instead.
+
+    An overflow is told from a pole, such as ``log(0)``, by running the operation once more in float64.
 
     It costs several forward passes and waits for the device at each operation, and needs memory for one more set of
     gradients. Models compiled by ``torch.compile`` run eagerly. If several processes train together, all have to call
@@ -147,7 +157,7 @@ def _cause_in_gradients_or_loss(model: nn.Module, trace: ForwardTrace, loss: Ten
     # Where several processes train together, all of them go backward: there may be collectives on the way.
     together = distributed.is_available() and distributed.is_initialized()
     parameters = [(plain_name(name, model), parameter) for name, parameter in model.named_parameters()]
-    broken = first_break(loss, parameters) if finite or together else None
+    broken = first_break(loss, parameters, trace.origin_of_operands) if finite or together else None
     if not finite:
         origin = trace.origin_of(loss)
         return _unexplained_loss(loss) if origin is None else _cause_of(model, trace.explained(origin))
@@ -158,8 +168,8 @@ def _cause_of(model: nn.Module, origin: Origin, addition: str = "") -> Cause:
     if origin.phase == "input":
         return Cause(True, "input", None, None, None, None, origin.what + addition)
     if origin.site is None:
-        return _cause(model, origin.phase, Site(_owner(origin.name), None), None, origin.what + addition)
-    return _cause(model, "forward", origin.site, origin.name, origin.what + addition)
+        return _cause(model, origin.phase, Site(_owner(origin.name), None), None, origin.what, addition)
+    return _cause(model, "forward", origin.site, origin.name, origin.what, addition, origin.reason)
 
 
 def _cause_of_break(model: nn.Module, trace: ForwardTrace, broken: Break) -> Cause:
@@ -167,22 +177,42 @@ def _cause_of_break(model: nn.Module, trace: ForwardTrace, broken: Break) -> Cau
         site = Site(_owner(broken.parameter), None)
     else:
         site = trace.site_of(broken.sequence_number, broken.node) or Site("", None)
-    return _cause(model, "backward", site, broken.node, broken.what)
+    origin = None if broken.origin is None else trace.explained(broken.origin)
+    if origin is None:
+        return _cause(model, "backward", site, broken.node, broken.what, "", broken.reason)
+    if not origin.intended or origin.phase == "input":
+        addition = f"; the loss hid it, but the gradient of {broken.node} did not{_in_words(model, site)}"
+        return _cause_of(model, origin, addition)
+    # A mask of infinities is as it was meant: what multiplies it by a gradient of 0 is to blame.
+    return _cause(model, "backward", site, broken.node, f"{broken.what}; {origin.what}", "", "nonfinite_input")
 
 
 def _cause_of_spoiled_buffer(model: nn.Module, name: str, origin: Origin | None) -> Cause:
     what = f"the forward pass made {name} non-finite" + (f": {origin.what}" if origin else "")
     site = origin.site if origin else None
-    operation = origin.name if origin and site else None
-    return _cause(model, "buffer", site or Site(_owner(name), None), operation, what)
+    operation, reason = (origin.name, origin.reason) if origin and site else (None, None)
+    return _cause(model, "buffer", site or Site(_owner(name), None), operation, what, "", reason)
 
 
-def _cause(model: nn.Module, phase: str, site: Site, operation: str | None, what: str) -> Cause:
+def _cause(
+    model: nn.Module,
+    phase: str,
+    site: Site,
+    operation: str | None,
+    what: str,
+    addition: str = "",
+    reason: str | None = None,
+) -> Cause:
+    kind = type(modules_by_name(model)[site.module]).__name__
+    source = None if site.line is None else str(site.line)
+    explanation = f"{what}{_in_words(model, site)}{addition}"
+    return Cause(True, phase, site.module, kind, operation, source, explanation, reason)
+
+
+def _in_words(model: nn.Module, site: Site) -> str:
     kind = type(modules_by_name(model)[site.module]).__name__
     where = f"in module '{site.module}' ({kind})" if site.module else f"in {kind} itself, outside of its submodules"
-    source = None if site.line is None else str(site.line)
-    explanation = f"{what} {where}" + (f", at {source}" if source else "")
-    return Cause(True, phase, site.module, kind, operation, source, explanation)
+    return f" {where}" + ("" if site.line is None else f", at {site.line}")
 
 
 def _unexplained_loss(loss: Tensor) -> Cause:

@@ -18,42 +18,15 @@ from stability_callbacks._nesting import named_values
 from stability_callbacks.activations import ModuleStack
 from stability_callbacks.diagnosis._backward_trace import node_name
 from stability_callbacks.diagnosis._operations import Call, leaves_memory_unset, operation_name
-from stability_callbacks.diagnosis._source import SourceLine, calling_line
+from stability_callbacks.diagnosis._origin import Origin, Site
+from stability_callbacks.diagnosis._source import calling_line
 from stability_callbacks.diagnosis._values import describe, is_finite, kinds, numbers
 from stability_callbacks.gradient_pass import writable_values
 
-__all__ = ["ForwardTrace", "Origin", "Site"]
+__all__ = ["ForwardTrace"]
 
 # In-place operations whose result does not depend on what was there.
 _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_", "exponential_"}
-
-
-class Site(NamedTuple):
-    """Where an operation ran: the full name of its module (``""``: the root's own code), and the user's line."""
-
-    module: str
-    line: SourceLine | None
-
-
-class Origin(NamedTuple):
-    """Where non-finite values came into a forward pass.
-
-    Args:
-        order: Rises in the order of time.
-        phase: ``"input"``, ``"parameter"``, ``"buffer"``: there before; ``"forward"``: made by an operation;
-            ``"given"``: there before, in some other tensor.
-        name: The place in the batch, the name of the parameter or buffer, or the operation.
-        what: What happened, in words.
-        intended: Whether they are infinities that someone wrote on purpose, as for masks.
-        site: Where the operation ran; None for what was there before.
-    """
-
-    order: int
-    phase: str
-    name: str
-    what: str
-    intended: bool = False
-    site: Site | None = None
 
 
 class _Execution(NamedTuple):
@@ -117,6 +90,7 @@ class ForwardTrace(TorchDispatchMode):
         self._unset: dict[int, tuple[StorageWeakRef, frozenset[Origin]]] = {}
         self._sites: list[Site] = []
         self._sequence_numbers: list[int] = []
+        self._given: dict[int, frozenset[Origin]] = {}  # by the place among the sites
         self._finite_buffers: dict[int, str] = {}
         self._note_what_is_there(batch)
 
@@ -175,11 +149,13 @@ class ForwardTrace(TorchDispatchMode):
 
     def _note_unset_memory(self, tensors: Iterable[Tensor], name: str, site: Site) -> None:
         origin = self._origin("forward", name, f"{name} allocated memory that was read before it was filled", site=site)
+        origin = origin._replace(reason="unset_memory")
         for tensor in tensors:
             self._unset[_storage_key(tensor)] = _storage_reference(tensor), frozenset([origin])
 
     def _note(self, execution: _Execution) -> None:
         """Keep the account of where the non-finite values in an operation's outputs came from."""
+        self._note_what_was_given(execution)
         bad = []
         for tensor in execution.outputs:
             if not is_finite(tensor):
@@ -202,6 +178,15 @@ class ForwardTrace(TorchDispatchMode):
         for tensor in bad:
             self._mark(tensor, origins)
 
+    def _note_what_was_given(self, execution: _Execution) -> None:
+        """Keep where an operation's non-finite inputs came from, for its node in the backward pass."""
+        known = [each for each in execution.inputs if self._origins(each)]
+        origins = frozenset[Origin]().union(
+            *(self._origins(each) for each in known if not is_finite(execution.before(each)))
+        )
+        if origins:
+            self._given[len(self._sites) - 1] = origins
+
     def _made(self, execution: _Execution, bad: Sequence[Tensor], intended: Iterable[Origin]) -> Origin:
         """The operation as an origin."""
         name, site = execution.name, execution.site
@@ -213,9 +198,10 @@ class ForwardTrace(TorchDispatchMode):
             what = f"{name} wrote {describe(bad[0])}, as it was told to"
             return self._origin("forward", name, what, intended=True, site=site)
         inputs = [execution.numbers_before(each) for each in execution.inputs if not self._is_written_buffer(each)]
-        reason = Call(name, args, inputs, execution.outputs).reason()
-        reasons = [reason, *(each.what for each in sorted(intended)[:1])]
+        reason = Call(execution.func, args, kwargs, inputs, execution.outputs).reason()
+        reasons = [reason.words, *(each.what for each in sorted(intended, key=lambda each: each.order)[:1])]
         origin = self._origin("forward", name, f"{name} made {describe(bad[0])} ({'; '.join(reasons)})", site=site)
+        origin = origin._replace(reason=reason.kind)
         self.first_made = self.first_made or origin
         return origin
 
@@ -254,6 +240,22 @@ class ForwardTrace(TorchDispatchMode):
         """The first origin of a tensor's non-finite values; of the intended ones only if there is no other."""
         return min(self._origins(tensor), key=lambda each: (each.intended, each.order), default=None)
 
+    def origin_of_operands(self, saved: Sequence[Tensor], sequence_number: int, name: str) -> Origin | None:
+        """Where the non-finite values came from that a node of the backward pass works with; None if it has none.
+
+        Args:
+            saved: What the node kept of the forward pass. If nothing of it can be read, as inside of a checkpoint, what
+                its operation was given counts.
+            sequence_number: The node's, see :meth:`site_of`.
+            name: Its name.
+        """
+        if saved:
+            bad = [each for each in saved if not is_finite(each)]
+            origins = frozenset[Origin]().union(*map(self._origins, bad))
+        else:
+            origins = self._given.get(self._index_of(sequence_number, name), frozenset())
+        return min(origins, key=lambda each: (each.intended, each.order), default=None)
+
     def explained(self, origin: Origin) -> Origin:
         """The origin; values of unknown tensors came with the batch, if it holds such values, too."""
         if origin.phase != "given":
@@ -277,8 +279,11 @@ class ForwardTrace(TorchDispatchMode):
 
         A node is made just before its operation runs, except that of an in-place operation on a view.
         """
-        index = bisect_left(self._sequence_numbers, sequence_number) - (name == "CopySlices")
+        index = self._index_of(sequence_number, name)
         return self._sites[index] if 0 <= index < len(self._sites) else None
+
+    def _index_of(self, sequence_number: int, name: str) -> int:
+        return bisect_left(self._sequence_numbers, sequence_number) - (name == "CopySlices")
 
 
 def _plainly(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:

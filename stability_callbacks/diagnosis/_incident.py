@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stability_callbacks._atomic import fsync
-from stability_callbacks.diagnosis._cures import NO_CURE, cure_of, is_backward
+from stability_callbacks.diagnosis._cures import NO_CURE, cure_of, is_backward, meaning_of
 from stability_callbacks.diagnosis._finding import Finding
 from stability_callbacks.diagnosis._kinds import Wording, kind_of
 
@@ -112,21 +112,29 @@ class Incident:
             return "unknown"
         return "backward" if is_backward(self.operation) else "forward"
 
-    def wording(self, phase: str | None = None, last: int | None = None) -> Wording:
+    @property
+    def reason(self) -> str | None:
+        """Why the operation broke, as in ``Cause.reason``; None where the record does not tell."""
+        return str(found) if (found := self.evidence.get("reason")) else None
+
+    def wording(self, phase: str | None = None, last: int | None = None, reason: str | None = None) -> Wording:
         """What it is called, what it means, and what to change, in the words of its registered kind.
 
         Args:
             phase: Where in the step it began, if that is known better than from the record. Default: ``phase``.
             last: The last step of several such incidents of which this is the first. Default: this one's.
+            reason: Why the operation broke, if that is known better than from the record. Default: ``reason``.
 
         Returns:
             The words, with the operation, the place and the steps in them.
         """
+        reason = self.reason if reason is None else reason
         facts = {
             "operation": self.operation or "an operation",
             "where": _where(self.module),
             "at": f", at `{self.source.replace('`', '')}`" if self.source else "",
-            "cure": cure_of(self.operation or "") or NO_CURE,
+            "cure": cure_of(self.operation, reason) or NO_CURE,
+            "reason": meaning_of(reason),
             "first": f"{self.step:,}",
             "last": f"{self.step if last is None else last:,}",
         }

@@ -35,8 +35,8 @@ class Wording:
     """What a finding is called, what it means, and what to change. Backticks mark code.
 
     The texts may hold gaps that an incident fills in, see :meth:`Incident.wording`: ``{operation}``, ``{where}``,
-    ``{at}`` (the line of source), ``{cure}`` (what to write instead of the operation), ``{first}`` and ``{last}``
-    (steps).
+    ``{at}`` (the line of source), ``{cure}`` (what to write instead of the operation), ``{reason}`` (why it broke),
+    ``{first}`` and ``{last}`` (steps).
 
     Attributes:
         title: What it is, in a line.

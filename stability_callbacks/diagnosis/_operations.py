@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stability_callbacks.diagnosis._values import count, kinds, largest, numbers
+from stability_callbacks.diagnosis._domains import reason_in_domain
+from stability_callbacks.diagnosis._reasons import Reason, overflow_of
+from stability_callbacks.diagnosis._values import count, kinds, largest
+from stability_callbacks.diagnosis._wider import reason_in_double
 
 __all__ = ["Call", "leaves_memory_unset", "operation_name"]
 
 _INNER_NAME = re.compile(r"^_*(?:native_|cudnn_|miopen_|mkldnn_|thnn_|fused_)*|(?:_legit.*|_with_update.*|_forward)$")
 _ATTENTION = "scaled_dot_product_attention"
 
-# Where an operation has no finite value: which elements of its first input, and how they are called.
-_OUTSIDE_DOMAIN: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    **dict.fromkeys(("log", "log2", "log10", "rsqrt"), ("<= 0", lambda x: x <= 0)),
-    "log1p": ("<= -1", lambda x: x <= -1),
-    "sqrt": ("< 0", lambda x: x < 0),
-    "reciprocal": ("that are 0", lambda x: x == 0),
-    "logit": ("outside (0, 1)", lambda x: (x <= 0) | (x >= 1)),
-    **dict.fromkeys(("acos", "asin"), ("outside [-1, 1]", lambda x: x.abs() > 1)),
-    "atanh": ("outside (-1, 1)", lambda x: x.abs() >= 1),
-    "acosh": ("< 1", lambda x: x < 1),
-}
+# Of these a finite argument gives an infinite result by its size alone.
+_WITHOUT_POLES = {
+    "add", "sub", "rsub", "mul", "square", "sum", "cumsum", "cumprod", "prod", "exp", "exp2", "expm1", "sinh", "cosh",
+    "mm", "addmm", "bmm", "baddbmm", "addbmm", "addmv", "mv", "dot", "matmul", "linear", "convolution",
+    "embedding_bag", "to", "copy", "lerp", "addcmul", "mean", "logcumsumexp", "batch_norm",
+}  # fmt: skip
 
 # These only allocate: what lies in the memory is nobody's result.
 _ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
@@ -57,72 +55,81 @@ class Call(NamedTuple):
     """An operation that was called, and gave a non-finite value.
 
     Args:
-        name: The operation.
+        func: The operation, in PyTorch's inner language.
         args: Positional arguments, with the values they had before the call; instead of tensors, their numbers.
+        kwargs: Keyword arguments, in the same way.
         inputs: The numbers of all tensors among the arguments.
-        outputs: The tensors it gave or wrote to.
+        outputs: The tensors it gave, and then those that it wrote to.
     """
 
-    name: str
+    func: Any
     args: Sequence[Any]
+    kwargs: dict[str, Any]
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
 
     @torch.no_grad()
-    def reason(self) -> str:
+    def reason(self) -> Reason:
         """Say why, as far as that is cheap to see."""
-        name = self.name.rstrip("_")
+        name = operation_name(self.func).rstrip("_")
         return (
-            _outside_domain(name, self.inputs)
-            or _division_by_zero(name, self.args)
-            or _nothing_left(name, self.inputs, self.outputs)
-            or _masked_rows(name, self.inputs, self.args)
-            or _size(self.args, self.inputs, self.outputs)
+            reason_in_domain(name, self._arguments(), self.inputs, self.outputs)
+            or _masked_rows(name, self.inputs, self.args, self._arguments())
+            or _given_nan([*self.args, *self.kwargs.values()])
+            or reason_in_double(self.func, self.args, self.kwargs, self.outputs)
+            or _size(name, self.args, self.inputs, self.outputs)
         )
 
-
-def _outside_domain(name: str, inputs: Sequence[Tensor]) -> str:
-    label, is_outside = _OUTSIDE_DOMAIN.get(name, ("", None))
-    if is_outside is None or not inputs or inputs[0].is_complex():
-        return ""
-    outside = count(is_outside(inputs[0]))
-    return f"{name} of {outside} value{'' if outside == 1 else 's'} {label}" if outside else ""
+    def _arguments(self) -> dict[str, Any]:
+        schema = getattr(self.func, "_schema", None)
+        names = [argument.name for argument in schema.arguments] if schema else []
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
 
 
-def _division_by_zero(name: str, args: Sequence[Any]) -> str:
-    if name not in ("div", "divide", "true_divide", "remainder", "fmod") or len(args) < 2:
-        return ""
-    divisor = torch.as_tensor(args[1])
-    zeros = count(divisor == 0)
-    return f"division by zero: {zeros} of {divisor.numel()} divisors" if zeros else ""
+def _masked_rows(name: str, inputs: Sequence[Tensor], args: Sequence[Any], arguments: dict[str, Any]) -> Reason:
+    scores = inputs[0] if inputs else None
+    if name == _ATTENTION:
+        mask = arguments.get("attn_mask", arguments.get("attn_bias"))
+        scores, dim = (mask, -1) if isinstance(mask, Tensor) and mask.is_floating_point() else (None, -1)
+    elif "softmax" in name and len(args) > 1 and isinstance(args[1], int):
+        dim = args[1]
+    else:
+        return Reason()
+    if scores is None or dim >= max(scores.dim(), 1) or not scores.numel():
+        return Reason()
+    rows = count(scores.isneginf().all(dim=dim))
+    words = f"{rows} row{' is' if rows == 1 else 's are'} masked entirely: all values are -inf"
+    return Reason("masked_row", words) if rows else Reason()
 
 
-def _nothing_left(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str:
-    if inputs and not inputs[0].numel():
-        return f"{name} over no elements"
-    if name.startswith("nll_loss") and len(outputs) > 1 and not numbers(outputs[1]).any():
-        return "the mean is over no targets: all of them are ignored, or have weight 0"
-    return ""
+def _given_nan(arguments: Sequence[Any]) -> Reason:
+    given = any(isinstance(each, float) and math.isnan(each) for each in arguments)
+    return Reason("nonfinite_input", "it was given the number nan") if given else Reason()
 
 
-def _masked_rows(name: str, inputs: Sequence[Tensor], args: Sequence[Any]) -> str:
-    if "softmax" not in name or len(args) < 2 or not isinstance(args[1], int) or args[1] >= inputs[0].dim():
-        return ""
-    rows = count(inputs[0].isneginf().all(dim=args[1]))
-    return f"{rows} row{' is' if rows == 1 else 's are'} masked entirely: all values are -inf" if rows else ""
+_WITH_INFINITY = {"add": "inf - inf", "sub": "inf - inf", "mul": "0 * inf", "div": "inf / inf"}
 
 
-def _size(args: Sequence[Any], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str:
+def _size(name: str, args: Sequence[Any], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Reason:
     """What the magnitude of the inputs tells: numbers that are not finite themselves, an overflow, or nothing."""
     floats = [each for each in inputs if each.is_floating_point() or each.is_complex()]
     plain = [each for each in args if isinstance(each, float)]
-    if any(map(math.isnan, plain)):
-        return "it was given the number nan"
     size = max([*map(largest, floats), *map(abs, plain)], default=0.0)
+    if math.isnan(size):
+        return Reason("nonfinite_input", "it was given NaN")
     if math.isinf(size):
-        return "arithmetic with infinity, such as inf - inf or 0 * inf"
+        made_nan = any("NaN" in kinds(each) for each in outputs)
+        known = name in _WITH_INFINITY and made_nan
+        what = f": {_WITH_INFINITY[name]}" if known else ", such as inf - inf or 0 * inf"
+        return Reason("nonfinite_input", f"arithmetic with infinity{what}")
     overflowed = next((each.dtype for each in outputs if kinds(each).keys() - {"NaN"}), None)
-    if overflowed is None:
-        return f"the inputs are finite, the largest is {size:.6g}"
-    name, limit = str(overflowed).removeprefix("torch."), torch.finfo(overflowed).max
-    return f"overflow: the largest input is {size:.6g}, {name} ends at {limit:.6g}"
+    if overflowed is not None:
+        limit = torch.finfo(overflowed).max
+        if name in _WITHOUT_POLES or size**2 >= limit:
+            words = f"overflow: the largest input is {size:.6g}, {_short(overflowed)} ends at {limit:.6g}"
+            return Reason(overflow_of(overflowed), words)
+    return Reason(None, f"the inputs are finite, the largest is {size:.6g}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

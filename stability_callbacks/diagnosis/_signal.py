@@ -29,7 +29,7 @@ from stability_callbacks.activations import (
 )
 from stability_callbacks.diagnosis._isolation import isolated
 from stability_callbacks.diagnosis._signal_flags import flagged
-from stability_callbacks.diagnosis._signal_kinds import FROZEN, NON_FINITE, UNUSED
+from stability_callbacks.diagnosis._signal_kinds import DETACHED, FROZEN, NON_FINITE, UNUSED
 from stability_callbacks.diagnosis._signal_report import SignalReport, SignalRow
 
 __all__ = ["LossFunction", "signal_report"]
@@ -39,6 +39,9 @@ LossFunction = Callable[[Any, Any], Any]
 
 # For gradients in float16, which are zero below 6e-8: as a loss scaler does, from the largest that fits float16.
 _LOSS_SCALES = (2.0**15, 2.0**10, 2.0**5, 1.0)
+
+# Two runs of one batch differ by less, also where kernels are not deterministic.
+_SAME_LOSS = 1e-5
 
 # How far parameters that start as zeros are moved, per element, to see what they hide: about an optimizer's first step.
 _WAKING_STEP = 0.01
@@ -75,13 +78,17 @@ def signal_report(
     ``exploding backward`` :math:`g_l \min(1, a_l) > \text{exploding} \cdot g_n`
     ``dead``               the gradient, or the output, is exactly zero, and neither vanished by and by
     ``non-finite``         the output or a gradient holds NaN or infinity
+    ``detached``           trainable, and the loss depends on it, but not its graph: after ``.detach()``, ``.item()``,
+                           ``no_grad``, ``argmax`` or a cast to integers no gradient comes back
     ====================== =========================================================================================
 
     The factors :math:`\max(1, a)` and :math:`\min(1, a)` are for large or small activations in front of a norm, whose
     gradients are small or large for this reason alone. Remarks, not faults, are ``frozen``, ``unused`` (trainable, but
-    the loss does not depend on it) and ``silent by zero initialisation``: the gradient is zero, but comes alive once
-    zero-initialised parameters after it have moved. This is tried: those that have a gradient are moved along it by
-    0.01 per element, the passes are repeated, and the zeros put back.
+    the loss does not depend on it, called or not) and ``silent by zero initialisation``: the gradient is zero, but
+    comes alive once zero-initialised parameters after it have moved. This is tried: those that have a gradient are
+    moved along it by 0.01 per element, the passes are repeated, and the zeros put back. Likewise
+    ``detached`` is told from ``unused``: the layers without a gradient get other weights for one forward pass each, and
+    the loss moves or not.
 
     The thresholds come from experiments on digits, of one or two seeds each. With PyTorch's default initialisation, 8
     linear layers reached accuracies of 0.95 and 0.90, and a signal of 5e-4 of the reference at the least; 10 layers
@@ -146,8 +153,10 @@ def signal_report(
         return _observe(model, batch, loss_fn or _projection, layers)
 
     passage = observe()
+    without_graph = [layer for layer in layers if layer.is_without_graph(passage)]
+    detached = _detached(without_graph, lambda: _loss_of(model, batch, loss_fn or _projection), passage.loss)
     rows = flagged(
-        [layer.row(passage) for layer in _in_order_of_execution(layers, passage)],
+        [layer.row(passage, layer.name in detached) for layer in _in_order_of_execution(layers, passage)],
         input_std=passage.first_input.std,
         input_signal=passage.first_input.signal,
         silent=_silent(layers, passage, observe),
@@ -220,7 +229,11 @@ class _Layer:
         gradients = [gradient for gradient in found if gradient is not None]
         return _norm(gradients) / passage.scale if gradients else math.nan
 
-    def row(self, passage: _Passage) -> SignalRow:
+    def is_without_graph(self, passage: _Passage) -> bool:
+        """Whether it is trainable, and autograd knows of no way from the loss to it."""
+        return not self.frozen and all(passage.gradients.get(id(tensor)) is None for tensor in self.tensors)
+
+    def row(self, passage: _Passage, detached: bool) -> SignalRow:
         outputs = self._outputs(passage)
         moments = Moments.pooled(outputs.moments)
         output_grad_norm = math.hypot(*outputs.gradient_norms) / passage.scale if outputs.gradient_norms else math.nan
@@ -230,8 +243,8 @@ class _Layer:
         flags = []
         if self.frozen:
             flags.append(FROZEN)
-        elif all(gradient is None for gradient in gradients):
-            flags.append(UNUSED)
+        elif self.is_without_graph(passage):
+            flags.append(DETACHED if detached else UNUSED)
         if not all(map(math.isfinite, seen)):
             flags.append(NON_FINITE)
         return SignalRow(
@@ -331,6 +344,35 @@ def _backward(loss: Tensor, parameters: Sequence[Tensor], passage: _Passage) -> 
         passage.scale = scale
         if passage.is_finite():
             break
+
+
+def _loss_of(model: nn.Module, batch: Any, loss_fn: LossFunction) -> float:
+    with isolated(model), eager(), torch.enable_grad():
+        return float(_scalar(loss_fn(model, batch)).detach())
+
+
+def _detached(layers: Sequence[_Layer], loss_of: Callable[[], float], loss: float) -> set[str]:
+    """The names of those layers, of those that get no gradient, on whose weights the loss depends all the same."""
+    if not layers or not math.isfinite(loss) or not _moves(layers, loss_of, loss):
+        return set()
+    return {layer.name for layer in layers if _moves([layer], loss_of, loss)}
+
+
+@torch.no_grad()
+def _moves(layers: Sequence[_Layer], loss_of: Callable[[], float], loss: float) -> bool:
+    """Whether the loss is another with other weights in some layers."""
+    tensors = {id(each): each for layer in layers for each in layer.tensors}
+    kept = [(each, each.clone()) for each in tensors.values()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for each, before in kept:
+            size = _norm([before]) / math.sqrt(max(1, before.numel()))
+            noise = torch.randn(before.shape, generator=generator, dtype=torch.float32).to(before)
+            each.copy_(2 * (size or 1.0) * noise)
+        return not math.isclose(loss_of(), loss, rel_tol=_SAME_LOSS)
+    finally:
+        for each, before in kept:
+            each.copy_(before)
 
 
 def _silent(layers: Sequence[_Layer], passage: _Passage, observe: Callable[[], _Passage]) -> set[str]:

@@ -9,6 +9,7 @@ from itertools import accumulate
 
 from stability_callbacks.diagnosis._signal_kinds import (
     DEAD,
+    DETACHED,
     EXPLODING_BACKWARD,
     EXPLODING_FORWARD,
     NON_FINITE,
@@ -49,7 +50,7 @@ def flagged(
         vanishing: See :func:`signal_report`.
         exploding: See :func:`signal_report`.
     """
-    judged = [not {NON_FINITE, UNUSED} & set(row.flags) for row in rows]
+    judged = [not {NON_FINITE, UNUSED, DETACHED} & set(row.flags) for row in rows]
     signals = [_counted(row.signal_std, row, ok, silent) for row, ok in zip(rows, judged, strict=True)]
     gradients = [_counted(row.output_grad_norm, row, ok, silent) for row, ok in zip(rows, judged, strict=True)]
     sizes = [_size(row) for row in rows]

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from stability_callbacks.diagnosis._kinds import Kind, register_kind
 
-__all__ = ["DEAD", "EXPLODING_BACKWARD", "EXPLODING_FORWARD", "FROZEN", "NON_FINITE", "REMEDIES", "SILENT", "UNUSED"]
+__all__ = [
+    "DEAD",
+    "DETACHED",
+    "EXPLODING_BACKWARD",
+    "EXPLODING_FORWARD",
+    "FROZEN",
+    "NON_FINITE",
+    "REMEDIES",
+    "SILENT",
+    "UNUSED",
+]
 __all__ += ["VANISHING_BACKWARD", "VANISHING_FORWARD"]
 
 NON_FINITE = "non-finite"
 DEAD = "dead"
+DETACHED = "detached"
 EXPLODING_FORWARD = "exploding forward"
 EXPLODING_BACKWARD = "exploding backward"
 VANISHING_FORWARD = "vanishing forward"
@@ -23,6 +34,9 @@ REMEDIES = {
     " (stability_callbacks.numerics has safe ones)",
     DEAD: "no gradient can get back: look for rectifiers that no input passes (large negative biases), gates at zero,"
     " two zero-initialised layers in a row",
+    DETACHED: "the loss depends on what these layers give, but no gradient comes back: look for `.detach()`, `.item()`,"
+    " `torch.no_grad()`, `argmax`, rounding and casts to integers between them and the loss; if it is meant, say"
+    " `requires_grad_(False)`",
     EXPLODING_FORWARD: "initialise with Auto() or LSUV(); where residual branches add up without norms, with"
     " ZeroResidual() or DepthScaled()",
     EXPLODING_BACKWARD: "add skip connections, since norms alone let gradients grow toward the input; where activations"

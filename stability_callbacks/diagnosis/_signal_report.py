@@ -11,6 +11,7 @@ from stability_callbacks.diagnosis._finding import Finding
 from stability_callbacks.diagnosis._kinds import kind_of
 from stability_callbacks.diagnosis._signal_kinds import (
     DEAD,
+    DETACHED,
     EXPLODING_FORWARD,
     NON_FINITE,
     REMEDIES,
@@ -73,8 +74,9 @@ class SignalFinding(Finding):
         severity: ``"error"`` for ``"non-finite"`` and ``"dead"``, else ``"warning"``.
         where: The first of the layers; empty where that is the model itself.
         evidence: The numbers that show it, and the layers that they are of: ``first_layer`` and ``loss``;
-            ``gradient_or_signal``; ``activation_std`` and ``layer``; or ``lowest``, ``lowest_layer``, ``highest`` and
-            ``highest_layer`` of the standard deviation over the batch or the norm of the output's gradient.
+            ``gradient_or_signal``; ``layers``, their number; ``activation_std`` and ``layer``; or ``lowest``,
+            ``lowest_layer``, ``highest`` and ``highest_layer`` of the standard deviation over the batch or the norm of
+            the output's gradient.
         causes: Empty.
         remedy: What to do.
         layers: The layers concerned, in order of execution.
@@ -189,6 +191,8 @@ def _cells(row: SignalRow) -> tuple[str, ...]:
 def _evidence(report: SignalReport, kind: str, rows: list[SignalRow]) -> dict[str, float | str]:
     if kind == NON_FINITE:
         return {"first_layer": rows[0].name, "loss": report.loss}
+    if kind == DETACHED:
+        return {"layers": float(len(rows))}
     if kind == DEAD:
         return {"gradient_or_signal": 0.0}
     if kind == EXPLODING_FORWARD:
@@ -212,6 +216,8 @@ def _evidence_in_words(finding: SignalFinding) -> str:
     if finding.kind == NON_FINITE:
         layer = _shown(str(finding.evidence["first_layer"]))
         return f"first in layer {layer}, loss {finding.evidence['loss']:.2g}"
+    if finding.kind == DETACHED:
+        return "the loss depends on them, but its graph does not"
     if finding.kind == DEAD:
         return "gradient or signal exactly 0"
     if finding.kind == EXPLODING_FORWARD:

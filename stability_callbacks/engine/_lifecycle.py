@@ -39,7 +39,7 @@ from stability_callbacks.engine._step_errors import StepErrors
 from stability_callbacks.engine._step_life import StepLife
 from stability_callbacks.engine._training import StepError, Training
 from stability_callbacks.engine._training_state import averaged_models
-from stability_callbacks.engine._usage import warn_of_doubles
+from stability_callbacks.engine._usage import warn_of_anomaly_detection, warn_of_doubles
 from stability_callbacks.errors import TrainingDivergedError
 from stability_callbacks.snapshots import SnapshotRing
 
@@ -107,6 +107,7 @@ class StepLifecycle:
             statistics=self._statistics,
         )
         warn_of_doubles(self._participants.all)
+        warn_of_anomaly_detection(self.trainer)
         self._follow_optimizers()
         if not any(parameter.requires_grad for step in training.steps.values() for _, parameter in step.parameters):
             rank_zero_warn(

@@ -1,14 +1,16 @@
-"""What is used twice, and is said at train start."""
+"""What is used twice or against each other, and is said at train start."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from stability_callbacks.engine._hooks import Phase, StepHooks
 
-__all__ = ["warn_of_doubles"]
+__all__ = ["warn_of_anomaly_detection", "warn_of_doubles"]
 
 # Several faults, monitors, schedules and penalties may be wanted; what judges, clips, records and recovers is one.
 _ONCE = {
@@ -36,6 +38,24 @@ def warn_of_doubles(callbacks: Iterable[StepHooks]) -> None:
             _warn(names, what, consequence)
     if len(found.get("clip", [])) > 1:
         _warn(found["clip"], "clippings", "gradients are clipped by one after the other")
+
+
+def warn_of_anomaly_detection(trainer: pl.Trainer) -> None:
+    """Warn where ``detect_anomaly`` ends training at the first NaN, before a guard can skip the step.
+
+    In a single process its exception is caught, and the step skipped. Of several processes, one that breaks its
+    backward pass off would leave the others waiting.
+
+    Args:
+        trainer: The trainer, while it trains.
+    """
+    if trainer.world_size > 1 and torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
+        rank_zero_warn(
+            "Anomaly detection is on (`Trainer(detect_anomaly=True)` or `torch.autograd.set_detect_anomaly`), and "
+            f"there are {trainer.world_size} processes: the first NaN in a backward pass raises an exception and ends "
+            "training, so bad steps can't be skipped. Turn it off: FlightRecorder names the operation that made the "
+            "NaN, too."
+        )
 
 
 def _warn(names: list[str], what: str, consequence: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.weight_norm import WeightNorm
 
 from stability_callbacks._validation import check_instance, check_integer, check_number
 from stability_callbacks.activations import ModuleCall, OutputHooks
@@ -25,6 +26,8 @@ from stability_callbacks.initialization._wiring import Wiring
 __all__ = ["LSUV"]
 
 _LAYERS = (nn.Linear, _ConvNd)
+
+_MADE_BY_HOOK = "its weight is no parameter: a hook makes it"
 
 
 class _Outcome(NamedTuple):
@@ -47,8 +50,11 @@ class LSUV(Policy):
     whose biases become zero; all else is left alone. One forward pass without gradients is made, in the mode the model
     is in; buffers (the statistics of batch norm) and random states are put back.
 
+    Weight normalization is scaled by its magnitudes: the parametrization's, and those of the older
+    ``torch.nn.utils.weight_norm``, whose directions stay as they are.
+
     A layer that does not converge is named in a warning and in the report: one whose output is constant, whose weight
-    cannot be scaled (``spectral_norm``), or that the forward pass does not call.
+    cannot be scaled (``spectral_norm``) or is made by a hook, or that the forward pass does not call.
 
     Args:
         tolerance: Largest deviation of the variance from 1, > 0. Default 0.1.
@@ -115,8 +121,9 @@ class LSUV(Policy):
             for slot in slots(model)
             if isinstance(slot.module, _LAYERS) and slot.role is Role.KERNEL and report[slot.name].initialized
         }
+        kernels |= {slot.module: slot for slot in slots(model) if _is_magnitude(slot) and slot.obstacle is None}
         outcomes = self._scale(model, batch, kernels)
-        return _completed(report, list(kernels.values()), outcomes)
+        return _completed(report, list(kernels.values()), outcomes, _made_by_hooks(model, kernels))
 
     @torch.no_grad()
     def _scale(self, model: nn.Module, batch: Any, kernels: Mapping[nn.Module, Slot]) -> dict[str, _Outcome]:
@@ -148,10 +155,35 @@ class LSUV(Policy):
             if std == 0 or not math.isfinite(std):
                 return output, _Outcome(std, "its output is constant" if std == 0 else "its output is not finite")
             slot.write(slot.read() / std)
+            if (hook := _weight_norm(slot.module)) is not None:
+                slot.module.weight = hook.compute_weight(slot.module)
             output = slot.module.forward(*args, **kwargs)
         std = _std(output)
         converged = abs(std**2 - 1) <= self.tolerance
         return output, _Outcome(std, None if converged else "its output did not follow the weight")
+
+
+def _weight_norm(module: nn.Module) -> WeightNorm | None:
+    """The hook of the older weight normalization, which computes a layer's weight before each call; None if none."""
+    hooks = module._forward_pre_hooks.values()
+    return next((each for each in hooks if isinstance(each, WeightNorm) and each.name == "weight"), None)
+
+
+def _is_magnitude(slot: Slot) -> bool:
+    return isinstance(slot.module, _LAYERS) and slot.attribute == "weight_g" and _weight_norm(slot.module) is not None
+
+
+def _made_by_hooks(model: nn.Module, kernels: Mapping[nn.Module, Slot]) -> dict[str, str]:
+    """The layers whose weight is no parameter, with one of its parameters, and what makes it."""
+    found: dict[str, str] = {}
+    for slot in slots(model):
+        layer = slot.module
+        if not isinstance(layer, _LAYERS) or layer in kernels or not slot.attribute.startswith("weight_"):
+            continue
+        frozen = not any(each.requires_grad for each in layer.parameters(recurse=False))
+        if "weight" not in layer._parameters and not hasattr(layer, "parametrizations") and not frozen:
+            found.setdefault(".".join(filter(None, (slot.module_name, "weight"))), slot.name)
+    return found
 
 
 def _std(output: Tensor) -> float:
@@ -165,10 +197,15 @@ def _call(model: nn.Module, batch: Any) -> None:
         model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
-def _completed(report: InitReport, kernels: list[Slot], outcomes: Mapping[str, _Outcome]) -> InitReport:
+def _completed(
+    report: InitReport, kernels: list[Slot], outcomes: Mapping[str, _Outcome], made_by_hooks: Mapping[str, str]
+) -> InitReport:
     """The report with what the scaling did, and a warning about the layers that it could not scale."""
     rows = {row.name: row for row in report}
     troubles = []
+    for name, parameter in made_by_hooks.items():
+        troubles.append(f"{name} ({_MADE_BY_HOOK})")
+        rows[parameter] = rows[parameter]._replace(what=f"left alone: {_MADE_BY_HOOK}")
     for slot in kernels:
         std, trouble = outcomes.get(slot.name, _Outcome(math.nan, "the forward pass did not call its layer"))
         if trouble is not None:
@@ -176,7 +213,7 @@ def _completed(report: InitReport, kernels: list[Slot], outcomes: Mapping[str, _
         note = f"then scaled: output std {std:.3g}" if trouble is None else f"not scaled to variance 1: {trouble}"
         mean_after, std_after = slot.statistics()
         row = rows[slot.name]
-        what = f"{row.what}, {note}"
+        what = f"{row.what}, {note}" if row.initialized else note.removeprefix("then ")
         rows[slot.name] = row._replace(what=what, mean_after=mean_after, std_after=std_after)
     if troubles:
         warnings.warn(f"LSUV did not bring these layers to variance 1: {', '.join(troubles)}.", stacklevel=3)

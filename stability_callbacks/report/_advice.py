@@ -26,6 +26,11 @@ class Observation(NamedTuple):
             return (self.cause.reproduced and self.cause.phase) or "unknown"
         return self.incident.phase
 
+    @property
+    def reason(self) -> str | None:
+        """Why the operation broke, as in ``Cause.reason``; None where that is not known."""
+        return self.incident.reason if self.cause is None else self.cause.reason
+
 
 class Advice(NamedTuple):
     """Advice on incidents that have one thing in common. Backticks mark code in its texts.
@@ -55,7 +60,7 @@ def advise(observations: Sequence[Observation]) -> list[Advice]:
         observations: The incidents and their causes, in order of steps.
 
     Returns:
-        One piece of advice for each kind, and for non-finite steps one for each place where they begin. The words are
+        One piece of advice for each kind, and for non-finite steps one for each place and reason. The words are
         those of :func:`~stability_callbacks.diagnosis.kind_of` the incidents' kind.
 
     Example:
@@ -85,12 +90,12 @@ def _group(observation: Observation) -> tuple[str, ...]:
         return (incident.kind,)
     if not kind.wording(phase).is_of_a_place:
         return incident.kind, phase
-    return incident.kind, phase, incident.module or "", incident.operation or ""
+    return incident.kind, phase, incident.module or "", incident.operation or "", observation.reason or ""
 
 
 def _advice_on(members: Sequence[Observation]) -> Advice:
     first, last = members[0].incident, members[-1].incident
-    wording = first.wording(members[0].phase, last.step)
+    wording = first.wording(members[0].phase, last.step, members[0].reason)
     modules = {each.incident.module or "" for each in members}
     causes = Counter(cause for each in members for cause in _causes(each))
     finding = Finding(

@@ -30,6 +30,7 @@ from stability_callbacks.diagnosis import (
     tensor_bytes,
     write_bundle,
 )
+from stability_callbacks.diagnosis._bundle import _cause
 
 NAN, INF = math.nan, math.inf
 EVERYTHING = {
@@ -386,3 +387,9 @@ def test_bad_bounds_raise(tmp_path: Path, arguments: dict[str, int], message: st
 )
 def test_bytes_of_batches(value: Any, expected: int) -> None:
     assert tensor_bytes(value) == expected
+
+
+def test_a_cause_of_an_older_and_of_a_newer_version_is_read() -> None:
+    old = {name: value for name, value in CAUSE._asdict().items() if name != "reason"}
+    assert _cause(old) == CAUSE
+    assert _cause({**old, "reason": "pole", "of_a_newer_version": 3}) == CAUSE._replace(reason="pole")

@@ -307,9 +307,9 @@ class Forked(nn.Module):
 
 def test_frozen_unused_and_tied_layers() -> None:
     report = signal_report(Forked(), torch.randn(8, 4))
-    assert report.verdict == "healthy"
+    assert report.verdict == "detached"
     flags = {row.name: row.flags for row in report if row.flags}
-    assert flags == {"frozen": ("frozen",), "unused": ("unused",), "detached": ("unused",)}
+    assert flags == {"frozen": ("frozen",), "unused": ("unused",), "detached": ("detached",)}
     order = ["first", "tied", "frozen", "unused", "detached", "last", ""]
     assert [row.name for row in report] == order
     assert math.isnan(report["frozen"].grad_norm)
@@ -318,6 +318,84 @@ def test_frozen_unused_and_tied_layers() -> None:
     assert math.isnan(report["unused"].activation_std)
     assert report["tied"].grad_norm < report["first"].grad_norm  # the same weight, but no bias
     assert report[""].calls == 1
+
+
+class Cut(nn.Module):
+    """An encoder that no gradient reaches, a head, and how they are parted."""
+
+    def __init__(self, part: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4))
+        self.head, self.part = nn.Linear(4, 1), part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(self.encoder, x))
+
+
+def without_gradient(encoder: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return encoder(x)
+
+
+def dropped(encoder: nn.Module, x: Tensor) -> Tensor:
+    encoder(x)
+    return x[:, :4]
+
+
+PARTED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "detach": lambda encoder, x: encoder(x).detach(),
+    "no_grad": without_gradient,
+    "argmax": lambda encoder, x: torch.nn.functional.one_hot(encoder(x).argmax(-1), 4).float(),
+    "a cast to integers": lambda encoder, x: (10 * encoder(x)).long().float(),
+    "data": lambda encoder, x: encoder(x).data * 2,
+    "a threshold": lambda encoder, x: (encoder(x) > 0).float(),
+    "numpy": lambda encoder, x: torch.from_numpy(encoder(x).detach().numpy()),
+    "a list": lambda encoder, x: torch.tensor(encoder(x).tolist()),
+}
+
+
+@pytest.mark.parametrize("how", PARTED)
+def test_a_detached_encoder_is_neither_unused_nor_healthy(how: str) -> None:
+    torch.manual_seed(0)
+    model = Cut(PARTED[how])
+    before = {name: each.clone() for name, each in model.named_parameters()}
+    report = signal_report(model, torch.randn(16, 5), lambda model, x: model(x).square().mean())
+    assert {row.name: row.flags for row in report if row.flags} == dict.fromkeys(
+        ("encoder.0", "encoder.2"), ("detached",)
+    )
+    assert report.verdict == "detached"
+    [finding] = report.findings
+    assert (finding.severity, finding.layers) == ("warning", ("encoder.0", "encoder.2"))
+    assert "detach" in finding.remedy
+    assert str(finding).startswith("detached (2 layers, encoder.0 to encoder.2): the loss depends on them")
+    assert all(torch.equal(before[name], each) for name, each in model.named_parameters())
+
+
+def test_what_the_loss_does_not_depend_on_is_unused_and_what_is_frozen_is_frozen() -> None:
+    torch.manual_seed(0)
+    report = signal_report(Cut(dropped), torch.randn(16, 5), lambda model, x: model(x).square().mean())
+    assert {row.name: row.flags for row in report if row.flags} == dict.fromkeys(
+        ("encoder.0", "encoder.2"), ("unused",)
+    )
+    assert report.verdict == "healthy"
+    model = Cut(PARTED["detach"])
+    model.encoder.requires_grad_(False)
+    report = signal_report(model, torch.randn(16, 5))
+    assert report["encoder.0"].flags == ("frozen",)
+    assert report.verdict == "healthy"
+
+
+def test_dropout_does_not_make_an_unused_layer_look_detached() -> None:
+    model = nn.Sequential(Cut(dropped), nn.Dropout(0.5))
+    assert signal_report(model, torch.randn(16, 5)).verdict == "healthy"
+
+
+def test_a_loss_that_is_a_new_tensor_detaches_all() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+    report = signal_report(
+        model, torch.randn(16, 4), lambda model, x: torch.tensor(model(x).mean().item(), requires_grad=True)
+    )
+    assert report.verdict == "detached"
 
 
 def test_parameters_that_another_module_uses() -> None:

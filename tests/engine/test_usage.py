@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from stability_callbacks import (
 )
 from stability_callbacks.clipping import NormClip, ValueClip
 from stability_callbacks.detection import NonFinite, Spike
+from stability_callbacks.engine._usage import warn_of_anomaly_detection
 from stability_callbacks.schedules import WarmupCosine
 from tests.models import NormNet, TwoOptimizers, assert_same_bits, fit, make_batches, poison, training_state
 
@@ -100,3 +102,20 @@ def test_two_recorders_are_said(tmp_path: Any) -> None:
 def test_a_penalty_on_nothing_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"parameters='encodr'.*matches no parameter.*net\.0\.weight"):
         fit(NormNet(), make_batches(2), [WeightPenalty(l1=0.1, parameters="encodr")])
+
+
+@pytest.mark.parametrize(("processes", "on", "warns"), [(2, True, True), (1, True, False), (4, False, False)])
+def test_anomaly_detection_over_several_processes_is_warned_of(processes: int, on: bool, warns: bool) -> None:
+    trainer = SimpleNamespace(world_size=processes)
+    with warnings.catch_warnings(record=True) as caught, torch.autograd.set_detect_anomaly(on):
+        warnings.simplefilter("always")
+        warn_of_anomaly_detection(trainer)  # type: ignore[arg-type]
+    told = [str(each.message) for each in caught if "bad steps can't be skipped" in str(each.message)]
+    assert len(told) == warns
+
+
+def test_training_asks_for_anomaly_detection(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("stability_callbacks.engine._lifecycle.warn_of_anomaly_detection", asked.append)
+    fit(NormNet(), make_batches(2), [StepGuard()])
+    assert len(asked) == 1

@@ -131,6 +131,33 @@ def test_weight_norm_is_scaled_through_its_parametrization() -> None:
     assert all(abs(variance - 1) <= 0.011 for variance in output_variances(model, x).values())
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_the_older_weight_norm_is_scaled_by_its_magnitudes(dim: int | None) -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.utils.weight_norm(nn.Conv1d(3, 8, 3), dim=dim), nn.ReLU(), nn.utils.weight_norm(nn.Conv1d(8, 5, 2), dim=dim)
+    )
+    direction, x = model[0].weight_v.detach().clone(), 40 * torch.rand(32, 3, 9) + 7
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = LSUV().apply(model, x)
+    for number in (1, 3):
+        assert model[:number](x).var(correction=0).item() == pytest.approx(1, abs=0.1)
+    assert report["0.weight_g"].what == "scaled: output std 1"
+    assert report["0.weight_g"].initialized
+    assert torch.equal(model[0].weight_v, direction)
+    assert {"weight_g", "weight_v"} < set(model[0]._parameters)
+
+
+def test_a_weight_that_a_hook_makes_is_named() -> None:
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 3))
+    with pytest.warns(UserWarning, match=r"0\.weight \(its weight is no parameter: a hook makes it\)"):
+        report = LSUV().apply(model, torch.randn(20, 4))
+    assert report["0.weight_orig"].what == "left alone: its weight is no parameter: a hook makes it"
+    assert "scaled" in report["2.weight"].what
+
+
 def test_layers_that_do_not_converge_are_named() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -48,6 +48,42 @@ def test_an_operation_has_its_cure(operation: str, cure: str) -> None:
     assert cure in text
 
 
+@pytest.mark.parametrize(
+    ("operation", "reason", "cure", "never"),
+    [
+        ("mean", "empty", "over no elements", "overflow"),
+        ("mean", "overflow_float16", "bf16", "no elements"),
+        ("mse_loss", "empty", "divide a sum by the count", "`eps`"),
+        ("softmax", "masked_row", "one position", "overflow"),
+        ("softmax", "overflow_float16", "bf16", "masked"),
+        ("StdBackward0", "pole", "before the root", "single element"),
+        ("div", "overflow", "keep it away from 0", "mask"),
+        ("pow", "domain", "clamp the base", "safe_pow"),
+        ("my_kernel", "singular", "identity", "overflow"),
+    ],
+)
+def test_the_reason_comes_before_the_operation(operation: str, reason: str, cure: str, never: str) -> None:
+    evidence = {"phase": "forward", "reason": reason}
+    [recorded] = advise([seen("nonfinite", operation=operation, module="net", evidence=evidence)])
+    cause = Cause(True, "forward", "net", "Linear", operation, None, "", reason)
+    [bundled] = advise([seen("nonfinite", cause=cause, operation=operation, module="net")])
+    assert recorded.changes == bundled.changes
+    assert cure in recorded.changes[0]
+    assert never not in recorded.changes[0]
+    assert recorded.finding.remedy == recorded.changes[0]
+    found = incident(1, "nonfinite", operation=operation, evidence=evidence).finding()
+    assert found.remedy == recorded.changes[0]
+    assert " The reason: " in recorded.meaning
+
+
+def test_two_reasons_at_one_place_are_two_pieces_of_advice() -> None:
+    place = {"operation": "mean", "module": "net"}
+    advice = advise(
+        [seen("nonfinite", step, **place, evidence={"reason": reason}) for step, reason in enumerate(["empty", "pole"])]
+    )
+    assert [each.times for each in advice] == [1, 1]
+
+
 def test_an_unknown_operation_has_none_and_the_advice_says_what_to_do() -> None:
     assert cure_of("my_kernel") is None
     [advice] = advise([seen("nonfinite", operation="my_kernel", module="net")])
