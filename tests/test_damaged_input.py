@@ -172,7 +172,9 @@ def test_a_record_nested_beyond_reason_is_left_out(tmp_path: Path, capsys: pytes
 def test_a_byte_that_is_not_utf8_costs_its_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "metrics.csv").write_bytes(b"epoch,step,loss,lr\n0,1,0.5,1\n0,2,\xb30.4,1\n0,x,1,1\n0,4,0.25,1,7\n0,9,0.125,1\n")
+    (run / "metrics.csv").write_bytes(
+        b"epoch,step,loss,lr\n0,1,0.5,1\n0,2,\xb30.4,1\n0,x,1,1\n0,4,0.25,1,7\n0,9,0.125,1\n"
+    )
     page, said = report(run, capsys)
     assert "last 0.125" in page
     assert [line.partition(str(run / "metrics.csv"))[2] for line in said] == [
@@ -208,7 +210,7 @@ def test_any_numbers_can_be_drawn(points: list[tuple[int, float]], logarithmic: 
         heat_map({"net": series}, span, marks),
         timeline(marks, span),
     ):
-        assert str(figure).startswith("<figure")
+        assert "step" in figure
 
 
 # ---- TensorBoard's event files
@@ -336,7 +338,7 @@ def test_no_content_of_tensor_files_ends_a_replay_in_a_traceback(name: str, valu
     st.binary(max_size=20),
     st.booleans(),
 )  # fmt: skip
-@few
+@settings(max_examples=15, deadline=None)
 def test_no_bytes_in_a_bundle_end_in_a_traceback(name: str, share: int, cut: int, junk: bytes, sealed: bool) -> None:
     with TemporaryDirectory() as directory:
         run = Path(directory, "run")

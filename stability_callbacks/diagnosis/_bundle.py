@@ -286,10 +286,10 @@ def _of_type(value: Any, kind: type) -> Any:
 
 
 def _checked_weights(value: Any) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = _of_type(value, dict)
-    if wrong := [key for key in weights if not isinstance(key, str)]:
+    content: dict[Any, Any] = _of_type(value, dict)
+    if wrong := [key for key in content if not isinstance(key, str)]:
         raise TypeError(f"its keys must be names of parameters and buffers, but one is {wrong[0]!r}")
-    return weights
+    return content
 
 
 def _cause(values: Mapping[str, Any]) -> Cause:

@@ -7,7 +7,7 @@ import itertools
 import struct
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,8 +136,8 @@ def _read_table(path: Path) -> dict[str, Series]:
     return {name: Series.of(each) for name, each in points.items()}
 
 
-def _read_row(row: dict[str, str], points: dict[str, list[tuple[int, float]]], place: str) -> None:
-    step = row.pop("step", None)
+def _read_row(row: Mapping[str | None, str], points: dict[str, list[tuple[int, float]]], place: str) -> None:
+    step = row.get("step")
     if not step:
         return
     try:
@@ -150,7 +150,7 @@ def _read_row(row: dict[str, str], points: dict[str, list[tuple[int, float]]], p
     for name, cell in row.items():
         if name is None:  # how the reader marks cells that have no column
             warnings.warn(f"{place} has more cells than columns; the last are left out", stacklevel=3)
-        elif cell and name != "epoch":
+        elif cell and name not in ("step", "epoch"):
             try:
                 points[name].append((at, float(cell)))
             except ValueError:

@@ -68,7 +68,7 @@ class Scale(NamedTuple):
                 values = np.log10(np.maximum(values, self.low))
             else:
                 low, high = self.low, self.high
-            return np.clip((values - low) / (high - low), 0.0, 1.0)
+            return (np.clip(values, low, high) - low) / (high - low)
 
     def ticks(self, most: int = 5) -> list[tuple[float, str]]:
         """Round values along the axis: their places, and how they are written.
