@@ -47,7 +47,7 @@ Run the step of an incident once more from the bundle that FlightRecorder kept o
 step, the random state, and the precision. Names the module, the operation and the line of source in which it began; of
 a step whose numbers were finite, such as a spike, compares loss and gradient norm.
 
-Exits with 0 if what the record tells came up again, with 1 if it did not or the cause is another, and with 2 if the
+Exits with 0 if what the record tells was reproduced, with 1 if it was not or the cause is another, and with 2 if the
 bundle is damaged or the model can't be built.
 """
 

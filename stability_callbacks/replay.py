@@ -36,7 +36,7 @@ class Replay(NamedTuple):
     """What came of running a step once more.
 
     Attributes:
-        reproduced: Whether what the record tells came up again.
+        reproduced: Whether what the record tells was reproduced.
         verdict: The same in words.
         found: The cause that was found; None for a step whose numbers were finite.
         numbers: For such a step, the loss and the gradient norm as recorded and as they are now.
@@ -263,9 +263,9 @@ def _compare_numbers(recorded: Mapping[str, float], now: Mapping[str, float]) ->
 
 def _compare_causes(recorded: Cause | None, found: Cause) -> Replay:
     if not found.reproduced:
-        return Replay(False, "The fault did not come up again.", found, {})
+        return Replay(False, "The fault was not reproduced.", found, {})
     if recorded is None or not recorded.reproduced:
-        return Replay(True, "The fault came up again. The record has no cause to compare it with.", found, {})
+        return Replay(True, "The fault was reproduced. The record has no cause to compare it with.", found, {})
     same = (recorded.phase, recorded.module, recorded.operation) == (found.phase, found.module, found.operation)
     verdict = "This is the cause on record." if same else f"The cause on record is another: {recorded.explanation}"
     return Replay(same, verdict, found, {})

@@ -41,7 +41,7 @@ def stability_suite(kind: str, *, initialize: bool = False, schedule: bool = Fal
 
     Args:
         kind: ``"mlp"``, ``"cnn"``, ``"rnn"`` or ``"transformer"``.
-        initialize: Whether to also initialise the weights by layer type and activation (:class:`Initialization` with
+        initialize: Whether to also initialize the weights by layer type and activation (:class:`Initialization` with
             :class:`~stability_callbacks.initialization.Auto`). Never for pretrained weights. Default False.
         schedule: Whether to also warm the learning rate up and decay it by a cosine (:class:`LRSchedule`); the share
             of warm-up is 5 % for MLPs and CNNs, 6 % for recurrent networks, 10 % for Transformers. Default False.

@@ -65,7 +65,7 @@ STEP, WRITE, KILL_ME = b"s", b"w", b"k"
 
 
 class DropoutNet(TinyModel):
-    """Batch normalisation and dropout: buffers, and random numbers in each step."""
+    """Batch normalization and dropout: buffers, and random numbers in each step."""
 
     def __init__(self) -> None:
         super().__init__(lambda parameters: torch.optim.AdamW(parameters, lr=0.01))

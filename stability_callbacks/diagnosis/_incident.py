@@ -169,7 +169,7 @@ class IncidentLog:
     """A file of incidents, one JSON object a line, that survives the process at every moment.
 
     Each line is written at once and is on the disk before :meth:`append` returns. Several processes may append to one
-    file. A line that a killed process left incomplete is ended, so that it spoils no other; readers leave it out.
+    file. A line that a killed process left incomplete is ended, so that it corrupts no other; readers leave it out.
 
     Args:
         path: The file, by convention ``incidents.jsonl``. It and its directories are made by the first incident.
