@@ -43,7 +43,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Sequential):
-    """Residual blocks of two convolutions with batch normalisation, on images of 8 x 8."""
+    """Residual blocks of two convolutions with batch normalization, on images of 8 x 8."""
 
     def __init__(self, channels: int = 8, blocks: int = 2) -> None:
         super().__init__(

@@ -18,7 +18,7 @@ SPLIT_SEED = 0  # one split for all runs: seeds compare training, not luck with 
 
 
 class Digits(L.LightningDataModule):
-    """Digits as rows of 64 numbers, standardised with the training mean and standard deviation; 1347 train, 450 test.
+    """Digits as rows of 64 numbers, standardized with the training mean and standard deviation; 1347 train, 450 test.
 
     Args:
         batch_size: Samples a batch.

@@ -1,6 +1,6 @@
 """Whether AGC holds training back: ``python -m benchmarks.agc --help``.
 
-A small convolutional network, with batch normalisation and without, learns 8x8 digits by SGD with momentum 0.9 in 15
+A small convolutional network, with batch normalization and without, learns 8x8 digits by SGD with momentum 0.9 in 15
 epochs of 22 steps. Printed is the accuracy on the validation part, as the mean over three seeds.
 """
 
@@ -40,17 +40,17 @@ def main() -> None:
     torch.set_num_threads(1)
     digits = _digits()
     table = Table(title="accuracy after training")
-    for column in ("normalised", "learning rate", *arguments.arms):
+    for column in ("normalized", "learning rate", *arguments.arms):
         table.add_column(column, justify="right")
-    for normalised in (True, False):
+    for normalized in (True, False):
         for rate in arguments.rates:
             accuracies = [
                 statistics.fmean(
-                    _accuracy(digits, normalised, rate, ARMS[arm](), seed, arguments.adamw) for seed in range(_SEEDS)
+                    _accuracy(digits, normalized, rate, ARMS[arm](), seed, arguments.adamw) for seed in range(_SEEDS)
                 )
                 for arm in arguments.arms
             ]
-            table.add_row("yes" if normalised else "no", f"{rate:g}", *(f"{each:.3f}" for each in accuracies))
+            table.add_row("yes" if normalized else "no", f"{rate:g}", *(f"{each:.3f}" for each in accuracies))
     Console(width=110).print(table)
 
 
@@ -61,16 +61,16 @@ def _digits() -> tuple[Tensor, Tensor]:
     return images[order], torch.tensor(digits.target)[order]
 
 
-def _net(normalised: bool, width: int = 16) -> nn.Sequential:
+def _net(normalized: bool, width: int = 16) -> nn.Sequential:
     layers: list[nn.Module] = []
     channels = 1
     for index in range(6):
         layers.append(nn.Conv2d(channels, width, 3, padding=1, stride=2 if index == 2 else 1))
-        layers += [nn.BatchNorm2d(width)] if normalised else []
+        layers += [nn.BatchNorm2d(width)] if normalized else []
         layers.append(nn.ReLU())
         channels = width
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
-    for layer in net if not normalised else ():
+    for layer in net if not normalized else ():
         if isinstance(layer, nn.Conv2d) and layer.bias is not None:
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -78,11 +78,11 @@ def _net(normalised: bool, width: int = 16) -> nn.Sequential:
 
 
 def _accuracy(
-    digits: tuple[Tensor, Tensor], normalised: bool, rate: float, rules: list[ClipRule], seed: int, adamw: bool
+    digits: tuple[Tensor, Tensor], normalized: bool, rate: float, rules: list[ClipRule], seed: int, adamw: bool
 ) -> float:
     torch.manual_seed(seed)
     (x, x_held_out), (y, y_held_out) = (values.split([1400, len(values) - 1400]) for values in digits)
-    net = _net(normalised)
+    net = _net(normalized)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9)
     if adamw:
         optimizer = torch.optim.AdamW(net.parameters(), lr=rate)

@@ -1,4 +1,4 @@
-"""What each clip rule, schedule and initialisation costs: ``python -m benchmarks.policies --help``.
+"""What each clip rule, schedule and initialization costs: ``python -m benchmarks.policies --help``.
 
 A rule is timed as it runs inside the callback: with the gradients' norms given. Its time is compared with that of one
 measurement of the gradients and that of one AdamW step, in the same turn: all take turns, so that a busy moment of the
@@ -155,7 +155,7 @@ def _print_schedules() -> None:
 
 def _print_policies(model: str) -> None:
     make_net = MODELS[model][0]
-    table = Table(title=f"one initialisation of {model}")
+    table = Table(title=f"one initialization of {model}")
     table.add_column("policy")
     table.add_column("ms", justify="right")
     for policy in _POLICIES:

@@ -8,7 +8,7 @@ A run has healed if nothing is non-finite at its end (parameters, buffers, optim
 accuracy, of the weights and of their average, is within the spread of the runs without a fault: not below their mean
 less two standard deviations.
 
-Faults that leave finite numbers in what stays, or hide behind normalisation, may be silent: no loss or gradient tells
+Faults that leave finite numbers in what stays, or hide behind normalization, may be silent: no loss or gradient tells
 of them. They are shown apart, one kind a run, with the callbacks and without.
 
 The first fault comes once the spike detector has seen enough steps to judge and the loss has left its steep early fall,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
@@ -46,7 +47,7 @@ Run the step of an incident once more from the bundle that FlightRecorder kept o
 step, the random state, and the precision. Names the module, the operation and the line of source in which it began; of
 a step whose numbers were finite, such as a spike, compares loss and gradient norm.
 
-Exits with 0 if what the record tells came up again, with 1 if it did not or the cause is another, and with 2 if the
+Exits with 0 if what the record tells was reproduced, with 1 if it was not or the cause is another, and with 2 if the
 bundle is damaged or the model can't be built.
 """
 
@@ -62,8 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     chosen = parser.parse_args(arguments)
-    status: int = chosen.command(chosen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)  # each damaged line is named, whatever filters the process has
+        warnings.showwarning = _show_warning
+        status: int = chosen.command(chosen)
     return status
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _parser() -> ArgumentParser:
@@ -165,10 +173,10 @@ def _replay(chosen: Namespace) -> int:
                 rows.add_row(name.replace("_", " "), Text(value or "the model itself"))
     for name, (recorded, now) in result.numbers.items():
         rows.add_row(name.replace("_", " "), Text(f"{now:.6g}, on record {recorded:.6g}"))
-    colour = "green" if result.reproduced else "yellow"
+    color = "green" if result.reproduced else "yellow"
     title = Text(f"Step {incident.step}, {incident.kind}")
     Console().print(
-        Panel(Group(rows, Text(result.verdict, style=colour)), title=title, border_style=colour, expand=False)
+        Panel(Group(rows, Text(result.verdict, style=color)), title=title, border_style=color, expand=False)
     )
     return 0 if result.reproduced else 1
 

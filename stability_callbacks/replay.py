@@ -36,7 +36,7 @@ class Replay(NamedTuple):
     """What came of running a step once more.
 
     Attributes:
-        reproduced: Whether what the record tells came up again.
+        reproduced: Whether what the record tells was reproduced.
         verdict: The same in words.
         found: The cause that was found; None for a step whose numbers were finite.
         numbers: For such a step, the loss and the gradient norm as recorded and as they are now.
@@ -105,7 +105,7 @@ def build_model(
     model = _precision(bundle, "cpu").convert_module(model)
     try:
         model.load_state_dict(bundle.weights, strict=True)
-    except RuntimeError as error:
+    except Exception as error:  # a model's own `_load_from_state_dict` may raise anything
         raise ReplayError(
             f"the weights in the bundle do not fit the model: {error}\nIf its size depends on arguments, give them by "
             "--model-args; if layers are made in `setup`, give a function as --model that makes them."
@@ -144,7 +144,7 @@ def replay(bundle: Bundle, model: nn.Module, device: str = "cpu") -> Replay:
             return loss_of(model, batch, batch_idx)
 
     batches = [move_data_to_device(batch, torch.device(device)) for batch in bundle.batches]
-    indices = bundle.meta.get("batch_indices") or [bundle.incident.batch_idx] * len(batches)
+    indices = _batch_indices(bundle)
     runs = [partial(run, batch, index) for batch, index in zip(batches, indices, strict=True)]
     recorded = _finite_numbers(bundle)
     with isolated(model, bundle.random_state):
@@ -183,6 +183,8 @@ def _refused_by_trainer(model: nn.Module) -> str:
 
 def _fitting_hyper_parameters(factory: Callable[..., Any], bundle: Bundle) -> dict[str, Any]:
     known: dict[str, Any] = bundle.meta.get("hyper_parameters") or {}
+    if not isinstance(known, dict):
+        raise ReplayError(f"{bundle.path / 'meta.json'}: hyper_parameters must be an object, got {known!r}")
     parameters = inspect.signature(factory).parameters.values()
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
         return known
@@ -205,6 +207,16 @@ def _precision(bundle: Bundle, device: str) -> Precision:
     if name not in ("32-true", "64-true"):
         raise ReplayError(f"the run's precision was {name!r}, which can't be replayed")
     return DoublePrecision() if name == "64-true" else Precision()
+
+
+def _batch_indices(bundle: Bundle) -> list[int]:
+    indices = bundle.meta.get("batch_indices") or [bundle.incident.batch_idx] * len(bundle.batches or [])
+    if not isinstance(indices, list) or len(indices) != len(bundle.batches or []):
+        raise ReplayError(
+            f"{bundle.path / 'meta.json'}: batch_indices must have one number for each of "
+            f"{len(bundle.batches or [])} micro-batches, got {indices!r}"
+        )
+    return indices
 
 
 def _finite_numbers(bundle: Bundle) -> dict[str, float]:
@@ -251,9 +263,9 @@ def _compare_numbers(recorded: Mapping[str, float], now: Mapping[str, float]) ->
 
 def _compare_causes(recorded: Cause | None, found: Cause) -> Replay:
     if not found.reproduced:
-        return Replay(False, "The fault did not come up again.", found, {})
+        return Replay(False, "The fault was not reproduced.", found, {})
     if recorded is None or not recorded.reproduced:
-        return Replay(True, "The fault came up again. The record has no cause to compare it with.", found, {})
+        return Replay(True, "The fault was reproduced. The record has no cause to compare it with.", found, {})
     same = (recorded.phase, recorded.module, recorded.operation) == (found.phase, found.module, found.operation)
     verdict = "This is the cause on record." if same else f"The cause on record is another: {recorded.explanation}"
     return Replay(same, verdict, found, {})

@@ -70,7 +70,7 @@ STEP, IN_WRITE = b"s", b"w"
 
 
 class DropoutNet(TinyModel):
-    """Batch normalisation and dropout: buffers, and random numbers in each step."""
+    """Batch normalization and dropout: buffers, and random numbers in each step."""
 
     def __init__(self) -> None:
         super().__init__(lambda parameters: torch.optim.AdamW(parameters, lr=0.01))

@@ -43,7 +43,7 @@ class TinyModel(pl.LightningModule):
 
 
 class NormNet(TinyModel):
-    """A network with batch normalisation: float and integer buffers."""
+    """A network with batch normalization: float and integer buffers."""
 
     def __init__(self, optimizer: OptimizerFactory = sgd) -> None:
         super().__init__(optimizer)

@@ -291,8 +291,8 @@ def spikes(kind: str, directory: Path) -> Any:
             result = run(kind, data, [*callbacks, Saver(path, 8)], **common)
         else:
             result = run(kind, data, callbacks, **common, ckpt_path=str(path))
-        learnt = [guard.state_dict(), callbacks[1].state_dict()]
-        results[name] = {**result, "learnt": learnt, "record": directory / f"{kind} spikes"}
+        learned = [guard.state_dict(), callbacks[1].state_dict()]
+        results[name] = {**result, "learned": learned, "record": directory / f"{kind} spikes"}
     return results
 
 

@@ -140,7 +140,7 @@ def test_any_order_of_the_suite_gives_the_same_training_and_the_same_record(name
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw_fused"])
 def test_any_order_of_any_subset_does_too(optimizer: str) -> None:
-    """With an initialisation, a second clipping, Lightning's own monitor, and a cadence that leaves steps unread."""
+    """With an initialization, a second clipping, Lightning's own monitor, and a cadence that leaves steps unread."""
 
     def callbacks() -> list[Any]:
         second = GradientClipping(ValueClip(0.2))
@@ -361,7 +361,7 @@ def test_a_window_that_an_epoch_cuts_short_is_dropped_too(position: int, optimiz
 
 
 def test_the_last_window_after_a_cut_one_is_whole_again() -> None:
-    """An epoch of 6 batches in windows of 4: a bad batch spoils its own window of 4 or 2 and no other."""
+    """An epoch of 6 batches in windows of 4: a bad batch drops its own window of 4 or 2 and no other."""
     good = make_batches(6)
     bad = [*good[:5], poison(good[5])]
     assert_healed(NormNet, bad, good[:4], skips=2, accumulate_grad_batches=4, max_epochs=2)
@@ -563,7 +563,7 @@ class Saver(pl.Callback):
 
 
 class Scheduled(TinyModel):
-    """A network with batch normalisation, and a scheduler of its own if wanted."""
+    """A network with batch normalization, and a scheduler of its own if wanted."""
 
     def __init__(self, optimizer: str, scheduler: bool) -> None:
         super().__init__(OPTIMIZERS[optimizer])

@@ -113,7 +113,7 @@ def test_nothing_to_report_is_an_error(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_mended_model_does_not_reproduce(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(bundle), "--model", "a_users_model:mended"]) == 1
-    assert "The fault did not come up again." in capsys.readouterr().out
+    assert "The fault was not reproduced." in capsys.readouterr().out
 
 
 def test_model_arguments_are_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

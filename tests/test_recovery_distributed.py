@@ -158,7 +158,7 @@ def test_losses_that_differ_give_the_same_verdicts_and_the_same_memory(kind: str
     for run in ("uninterrupted", "resumed"):
         first, second = (result[run] for result in results)
         assert first["skipped"] == second["skipped"] == 2
-        assert_same_bits(first["learnt"], second["learnt"])
+        assert_same_bits(first["learned"], second["learned"])
         assert_same_bits(weights(first["state"]), weights(second["state"]))
 
 
@@ -166,7 +166,7 @@ def test_losses_that_differ_give_the_same_verdicts_and_the_same_memory(kind: str
 def test_resumed_from_the_first_process_equals_uninterrupted(kind: str, outcome: Outcome) -> None:
     for result in outcome("spikes", kind):
         uninterrupted, resumed = result["uninterrupted"], result["resumed"]
-        assert_same_bits(resumed["learnt"], uninterrupted["learnt"])
+        assert_same_bits(resumed["learned"], uninterrupted["learned"])
         assert_same_bits(weights(resumed["state"]), weights(uninterrupted["state"]))
         assert resumed["counts"] == uninterrupted["counts"] == [{"spike": 2}]
 

@@ -118,7 +118,7 @@ def test_a_model_that_was_mended_does_not_reproduce_it() -> None:
     bundle = bundle_of(model, [batch], cause_in(model, batch))
     result = replay(bundle, build_model(Safe, bundle))
     assert not result.reproduced
-    assert result.verdict == "The fault did not come up again."
+    assert result.verdict == "The fault was not reproduced."
 
 
 def test_another_cause_is_told_apart() -> None:

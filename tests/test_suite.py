@@ -122,7 +122,7 @@ def test_an_explosion_hardly_moves_the_weights(kind: str, step: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "warmup"), [("mlp", 0.05), ("cnn", 0.05), ("rnn", 0.06), ("transformer", 0.1)], ids=KINDS
 )
-def test_schedule_and_initialisation_when_asked(kind: str, warmup: float) -> None:
+def test_schedule_and_initialization_when_asked(kind: str, warmup: float) -> None:
     callbacks = stability_suite(kind, initialize=True, schedule=True)
     assert len(callbacks) == 7
     schedule = only(callbacks, LRSchedule).schedule
@@ -155,7 +155,7 @@ def test_a_run_that_asks_for_everything(capsys: pytest.CaptureFixture[str]) -> N
     batches = [*make_batches(4), poison(make_batches(1)[0]), *make_batches(4)]
     callbacks = stability_suite("mlp", initialize=True, schedule=True)
     fit(model, batches, callbacks, logger=logger)
-    assert "net.0.weight" in capsys.readouterr().out  # the table of what was initialised
+    assert "net.0.weight" in capsys.readouterr().out  # the table of what was initialized
     assert not torch.equal(model.net[0].weight, before)
     assert only(callbacks, StepGuard).skipped_steps == 1
     assert logger.names() >= {"lr/SGD", "grad_norm/total", "stability/skipped_steps", "stability/clip_coefficient"}

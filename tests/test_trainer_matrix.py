@@ -305,7 +305,7 @@ def test_early_stopping_and_checkpoints(tmp_path: Path) -> None:
 def test_stochastic_weight_averaging() -> None:
     callbacks = suite()
     average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
-    # It recomputes the statistics of batch normalisation from the training data, so there must be no NaN in these.
+    # It recomputes the statistics of batch normalization from the training data, so there must be no NaN in these.
     fit([*callbacks, average], max_epochs=4, batches=make_batches(8))
     assert len(guard_of(callbacks).state_dict()["recent"]) == 8 * 4
 

@@ -51,7 +51,7 @@ _WHY_NOTHING_WAS_HIT = {
 class FaultInjector(StabilityCallback):
     """Puts faults into training on purpose, to rehearse what the other callbacks do about them.
 
-    Reach for it before a long run, to see that guards, rollback and alarms work with your model, and in tests. Where no
+    Use it before a long run, to see that guards, rollback and alarms work with your model, and in tests. Where no
     fault is due, training is bit for bit what it is without it, and so is the batch's memory once the step is over. The
     faults come before any other callback of this package looks: at the batch, the buffers, the loss, the gradients.
 
@@ -153,7 +153,7 @@ class FaultInjector(StabilityCallback):
             self._due = [fault for fault in self._ordered if fault.target != "learning_rate" and fault.is_due(step)]
         for fault in list(self._due):
             if fault.target in _BEFORE_FORWARD:
-                self._spoil(fault, self._candidates(fault.target, batch))
+                self._corrupt(fault, self._candidates(fault.target, batch))
             elif fault.target == "activation":
                 self._set_trap(fault)
 
@@ -171,7 +171,7 @@ class FaultInjector(StabilityCallback):
         if self._marks is not None:
             fresh, self._marks = self._marks.fresh(), None
             for fault in self._due_now("gradient"):
-                self._spoil(fault, fresh)
+                self._corrupt(fault, fresh)
 
     def rate_multipliers(self, step: OptimizerStep) -> Sequence[float] | None:
         if not any(fault.target == "learning_rate" for fault in self.faults):
@@ -230,13 +230,13 @@ class FaultInjector(StabilityCallback):
             for named in named_optimizer_state(step.optimizer, step.parameters)
         ]
 
-    def _spoil(self, fault: Fault, candidates: Iterable[tuple[str, Tensor]]) -> None:
+    def _corrupt(self, fault: Fault, candidates: Iterable[tuple[str, Tensor]]) -> None:
         assert self._step is not None
         spot = draw_spot(fault, self._step, candidates)
         if spot is None:
             return
         if fault.hits(self._rank):
-            undo = spot.spoil_(fault.factor)
+            undo = spot.corrupt_(fault.factor)
             if fault.target == "input":
                 self._undos.append(undo)
         self._note(fault, spot.name)

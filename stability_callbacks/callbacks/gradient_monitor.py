@@ -27,7 +27,7 @@ from stability_callbacks.histograms import Histograms, measure_histograms
 
 __all__ = ["GradientMonitor"]
 
-# Histograms are dear, so by default there is one for this many log steps, and one at the first.
+# Histograms are expensive, so by default there is one for this many log steps, and one at the first.
 _LOGS_PER_HISTOGRAM = 10
 
 _GROUP_OF = {"total": lambda name: "total", "layer": layer_of, "parameter": lambda name: name}

@@ -1,4 +1,4 @@
-"""Initialise the weights at the start of a fresh run."""
+"""Initialize the weights at the start of a fresh run."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _MARK = "_fitted_with_stability_callbacks"
 
 
 class Initialization(Callback):
-    """Initialise a model's weights by a policy before training starts, on a fresh run only.
+    """Initialize a model's weights by a policy before training starts, on a fresh run only.
 
-    Reach for it when signals or gradients die or explode from the first step: in deep networks without norms, in
+    Use it when signals or gradients die or explode from the first step: in deep networks without norms, in
     recurrent ones over long sequences.
 
     It acts in ``on_fit_start``, when the layers exist that ``configure_model`` builds, and only if
@@ -49,19 +49,19 @@ class Initialization(Callback):
     .. warning::
         A model from ``load_from_checkpoint``, or one whose pretrained weights you loaded yourself, bears no mark:
         nothing tells its weights from random ones, and they would be overwritten. Do not use this callback then. To
-        initialise just a new head, freeze the rest (``requires_grad_(False)``), or name the head with
+        initialize just a new head, freeze the rest (``requires_grad_(False)``), or name the head with
         :class:`~stability_callbacks.initialization.ByPattern`.
 
     The random state of training (torch, CUDA, NumPy, Python) stays as it was, yet the weights are reproducible under
     ``seed_everything``: their seed is drawn from a copy of that state, and is that of rank 0 everywhere, so all
     processes have the same weights, under DDP and FSDP2 (``ModelParallelStrategy``). Learning-rate and batch-size
-    finders see the initialised model: this callback goes before them, wherever it stands in the list.
+    finders see the initialized model: this callback goes before them, wherever it stands in the list.
 
     A policy that looks at data (:class:`~stability_callbacks.initialization.LSUV`) gets the first training batch of
     rank 0, and needs a ``forward`` that takes the batch's first element; a loader that can be iterated only once loses
     that batch.
 
-    With ``check=True`` the initialised model is tried out on that batch, through ``training_step``: where activations
+    With ``check=True`` the initialized model is tried out on that batch, through ``training_step``: where activations
     or gradients die or explode, a warning says in which layers, and what helps
     (:func:`~stability_callbacks.initialization.signal_report`). It takes place in a copy of the process, which draws a
     batch of its own: training afterwards is the same, bit for bit, as without it, whatever ``training_step`` does. A
@@ -71,7 +71,7 @@ class Initialization(Callback):
     Args:
         policy: What to write into which parameter. None (default): :class:`~stability_callbacks.initialization.Auto`.
         verbose: Whether to print what was done to each parameter, and the table of the check. Default True.
-        check: Whether to check how the signal goes through the initialised model. Default False.
+        check: Whether to check how the signal goes through the initialized model. Default False.
 
     Attributes:
         report: What was done to each parameter; None while nothing was.
@@ -93,7 +93,7 @@ class Initialization(Callback):
     signal_report: SignalReport | None
 
     def __init__(self, policy: Policy | None = None, verbose: bool = True, check: bool = False) -> None:
-        allowed = "an initialisation policy such as Auto()"
+        allowed = "an initialization policy such as Auto()"
         self.policy = Auto() if policy is None else check_instance("policy", policy, Policy, allowed)  # type: ignore[type-abstract]
         self.verbose = check_bool("verbose", verbose)
         self.check = check_bool("check", check)
@@ -157,7 +157,7 @@ class Initialization(Callback):
                 console.print(report)
         if self.signal_report is not None and self.signal_report.findings:
             findings = "\n".join(f"- {finding}" for finding in self.signal_report.findings)
-            rank_zero_warn(f"The initialised model is not healthy:\n{findings}")
+            rank_zero_warn(f"The initialized model is not healthy:\n{findings}")
 
     def _position(self, trainer: pl.Trainer) -> int:
         """How many callbacks of this class stand before this one."""
@@ -198,7 +198,7 @@ def _generators(loaders: Iterable[Any]) -> Iterator[torch.Generator]:
 def _can_be_checked(pl_module: pl.LightningModule) -> bool:
     if not pl_module.automatic_optimization:
         rank_zero_warn(
-            "`Initialization(check=True)` does not support manual optimization: the model was initialised but not"
+            "`Initialization(check=True)` does not support manual optimization: the model was initialized but not"
             " checked. Call `signal_report(model, batch, loss_fn)` with a loss of your own instead."
         )
     return pl_module.automatic_optimization
@@ -221,7 +221,7 @@ def _check(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Si
     if not isinstance(report, Failure):
         return report
     rank_zero_warn(
-        f"`Initialization(check=True)` could not check the model, which was initialised all the same: {report.reason}"
+        f"`Initialization(check=True)` could not check the model, which was initialized all the same: {report.reason}"
     )
     return None
 

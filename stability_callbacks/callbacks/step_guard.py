@@ -35,7 +35,7 @@ class StepGuard(StabilityCallback):
     """Skips optimizer steps that detectors find bad, as if their batch had never been, and stops hopeless runs.
 
     A skipped step changes nothing: not the weights, nor any optimizer state, weight decay or step count, nor a buffer
-    such as batch normalisation's statistics and counters, nor the statistics of clip rules. Only the clock goes on:
+    such as batch normalization's statistics and counters, nor the statistics of clip rules. Only the clock goes on:
     ``trainer.global_step`` and schedules, so that these end where they should. Under gradient accumulation the whole
     window of micro-batches is dropped. All ranks skip together.
 
@@ -289,7 +289,7 @@ class _Suspects(NamedTuple):
         parameters: How many of the names are parameters.
         flags: Boolean, one for each name.
         input_magnitude: The largest absolute input, where a detector asked for it.
-        of_last_skip_only: Whether they may belong to a later skip, because the host learnt of several at once.
+        of_last_skip_only: Whether they may belong to a later skip, because the host learned of several at once.
     """
 
     names: tuple[str, ...]

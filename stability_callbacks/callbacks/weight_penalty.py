@@ -1,4 +1,4 @@
-"""The callback that penalises large weights."""
+"""The callback that penalizes large weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["WeightPenalty"]
 class WeightPenalty(StabilityCallback):
     r"""Adds an L1 and an L2 penalty on the weights, inside the optimizer's step, after all clipping.
 
-    Reach for it where the optimizer has no weight decay of the kind you want: L1 for sparse weights, L2 only on some
-    parameters, either of them in any optimizer. A skipped step is not penalised.
+    Use it when the optimizer has no weight decay of the kind you want: L1 for sparse weights, L2 only on some
+    parameters, either of them in any optimizer. A skipped step is not penalized.
 
     .. math:: g \leftarrow g + \lambda_2 w + \lambda_1 \operatorname{sign}(w)
 
@@ -36,8 +36,8 @@ class WeightPenalty(StabilityCallback):
     Args:
         l1: Strength of the L1 penalty, >= 0. Default 0.
         l2: Strength of the L2 penalty, >= 0. Default 0.
-        parameters: Regular expression, searched in the full parameter name: what to penalise. Default: everything with
-            two dimensions or more, so neither biases nor the scales of normalisation layers.
+        parameters: Regular expression, searched in the full parameter name: what to penalize. Default: everything with
+            two dimensions or more, so neither biases nor the scales of normalization layers.
         decoupled: Whether weights are shrunk directly instead of through their gradients. Default False.
 
     Raises:
@@ -52,7 +52,7 @@ class WeightPenalty(StabilityCallback):
 
     Metrics:
         ``stability/l1``: :math:`\lambda_1 \sum |w|`; ``stability/l2``: :math:`\tfrac12 \lambda_2 \sum w^2`;
-        ``stability/zero_fraction``: share of penalised weights that are exactly 0 (of this rank's, where they are
+        ``stability/zero_fraction``: share of penalized weights that are exactly 0 (of this rank's, where they are
         sharded). With several optimizers they end in the optimizer's name.
 
     References:
@@ -97,16 +97,16 @@ class WeightPenalty(StabilityCallback):
 
     def penalize(self, step: OptimizerStep) -> None:
         assert step.gradients is not None
-        penalised = [parameter for name, parameter in step.gradients.parameters if self._applies(name, parameter)]
-        if not penalised:
+        penalized = [parameter for name, parameter in step.gradients.parameters if self._applies(name, parameter)]
+        if not penalized:
             return
         if self.decoupled:
-            self._decay(step, {id(parameter) for parameter in penalised})
+            self._decay(step, {id(parameter) for parameter in penalized})
         else:
             step.drop_loss_scale()
-            add_penalty_gradients_(penalised, self.l1, self.l2)
+            add_penalty_gradients_(penalized, self.l1, self.l2)
         if self.logs_now(self.training):
-            self._keep_scalars(step, penalised)
+            self._keep_scalars(step, penalized)
 
     def after_update(self, step: OptimizerStep) -> None:
         for members, threshold in self._thresholds.pop(step.index, ()):
@@ -119,25 +119,25 @@ class WeightPenalty(StabilityCallback):
     def _applies(self, name: str, parameter: Tensor) -> bool:
         return parameter.dim() >= 2 if self._pattern is None else self._pattern.search(name) is not None
 
-    def _decay(self, step: OptimizerStep, penalised: set[int]) -> None:
+    def _decay(self, step: OptimizerStep, penalized: set[int]) -> None:
         thresholds = self._thresholds[step.index] = []
         rates = step.rates.effective()
         if step.skip is not None and step.skipped is None:
             # Only the device knows whether the step is skipped: shrinking by 0 changes nothing.
             rates = [torch.where(step.skip, 0.0, rate) for rate in rates]
         for group, rate in zip(step.optimizer.param_groups, rates, strict=True):
-            members = [parameter for parameter in group["params"] if id(parameter) in penalised]
+            members = [parameter for parameter in group["params"] if id(parameter) in penalized]
             shrink_(members, l2=self.l2 * rate)
             thresholds.append((members, self.l1 * rate))
 
-    def _keep_scalars(self, step: OptimizerStep, penalised: list[Tensor]) -> None:
+    def _keep_scalars(self, step: OptimizerStep, penalized: list[Tensor]) -> None:
         names, values = [], []
         if self.l1:
             names.append("stability/l1")
-            values.append(self.l1 * combine_norms(tensor_norms(penalised, 1.0), 1.0))
+            values.append(self.l1 * combine_norms(tensor_norms(penalized, 1.0), 1.0))
         if self.l2:
             names.append("stability/l2")
-            values.append(0.5 * self.l2 * combine_norms(tensor_norms(penalised)).square())
+            values.append(0.5 * self.l2 * combine_norms(tensor_norms(penalized)).square())
         names.append("stability/zero_fraction")
-        values.append(zero_fraction(penalised).to(values[0].dtype))
+        values.append(zero_fraction(penalized).to(values[0].dtype))
         self._scalars.append(([name + step.suffix for name in names], torch.stack(values)))

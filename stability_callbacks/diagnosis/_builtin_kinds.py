@@ -46,12 +46,12 @@ register_kind(
         dark_color="#ff7a45",
         title="Loss or gradients were not finite, and it is not known where that began",
         meaning=(
-            "The cause was not looked for, or the fault did not come up again when the batch was run once more. In "
+            "The cause was not looked for, or running the batch once more did not reproduce the fault. In "
             "the latter case suspect another process, a kernel that is not deterministic, or the hardware."
         ),
         remedies=(
             "Let `FlightRecorder(trace=True)` look for the cause, or replay a bundle.",
-            "If it never comes up again, see whether it is always the same machine or device.",
+            "If it can never be reproduced, see whether it is always the same machine or device.",
         ),
         phases={
             "input": Wording(
@@ -68,7 +68,7 @@ register_kind(
             ),
             "parameter": Wording(
                 title="A parameter {where} was not finite before the step",
-                meaning="An earlier update spoiled it, or it was loaded so. Skipping steps can't help any more.",
+                meaning="An earlier update made it non-finite, or it was loaded so. Skipping steps no longer helps.",
                 remedies=(
                     "Go on from the last good checkpoint. `Rollback` does so by itself.",
                     "Let `StepGuard` watch from the first step on, so that no such update is applied.",
@@ -168,7 +168,7 @@ register_kind(
         meaning="They would have taken the place of good ones. The last one that was written is good.",
         remedies=(
             "Go on from that one, or let `Rollback` put the state right while training runs.",
-            "Look for the update that spoiled the state: the first incident before, or a step that no guard saw.",
+            "Look for the update that did it: the first incident before, or a step that no guard saw.",
         ),
     )
 )

@@ -161,7 +161,11 @@ def read_bundle(path: str | PathLike[str], *, tensors: bool = True, allow_classe
     files = read_manifest(directory).files
     wanted = [name for name in files if tensors or Path(name).suffix != ".pt"]
     for name in wanted:
-        if _checksum(directory / name) != files[name].checksum:
+        try:
+            checksum = _checksum(directory / name)
+        except OSError as error:
+            raise _unreadable(directory / name, str(error)) from error
+        if checksum != files[name].checksum:
             raise _unreadable(directory / name, "it is damaged: its checksum is not that of what was written")
 
     def read(name: str, reader: Callable[[Path], Any]) -> Any:
@@ -170,7 +174,7 @@ def read_bundle(path: str | PathLike[str], *, tensors: bool = True, allow_classe
         try:
             return reader(directory / name)
         except Exception as error:
-            raise _unreadable(directory / name, f"it can't be understood ({error})") from error
+            raise _unreadable(directory / name, f"it can't be understood ({_one_line(error)})") from error
 
     def load(file: Path) -> Any:
         return from_storable(torch.load(file, map_location="cpu", weights_only=True), allow_classes)
@@ -179,9 +183,9 @@ def read_bundle(path: str | PathLike[str], *, tensors: bool = True, allow_classe
         path=directory,
         incident=read(_INCIDENT, lambda file: Incident.from_json(file.read_text())),
         history=read(_HISTORY, read_history) or [],
-        batches=read(_BATCH, load),
-        weights=read(_WEIGHTS, load),
-        random_state=read(_RANDOM_STATE, lambda file: RandomState(**load(file))),
+        batches=read(_BATCH, lambda file: _of_type(load(file), list)),
+        weights=read(_WEIGHTS, lambda file: _checked_weights(load(file))),
+        random_state=read(_RANDOM_STATE, lambda file: _random_state(load(file))),
         cause=read(_CAUSE, lambda file: _cause(_read_json(file))),
         meta=read(_META, _read_json),
     )
@@ -224,15 +228,17 @@ def read_manifest(directory: Path) -> Manifest:
         files = {name: FileRecord(int(size), int(checksum)) for name, (size, checksum) in content["files"].items()}
     except FileNotFoundError as error:
         raise _unreadable(path, "it is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(path, f"it is incomplete or damaged ({error!r})") from error
+    except OSError as error:
+        raise _unreadable(path, str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise _unreadable(path, f"it is incomplete or damaged ({type(error).__name__}: {_one_line(error)})") from error
     if form > _FORMAT:
         raise BundleError(
             f"{path} is of format {form}, and this version reads up to {_FORMAT}: install a newer stability-callbacks"
         )
     for name in (_INCIDENT, _META, *files):
         file = directory / name
-        if name not in files or not file.is_file():
+        if name not in files or Path(name).name != name or not file.is_file():
             raise _unreadable(file, "it is missing")
         if file.stat().st_size != files[name].size:
             raise _unreadable(file, f"it has {file.stat().st_size} bytes instead of {files[name].size}")
@@ -274,8 +280,46 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(), object_hook=_number)
+    content: dict[str, Any] = _of_type(json.loads(path.read_text(), object_hook=_number), dict)
     return content
+
+
+def _of_type(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"it must hold a {kind.__name__}, but holds a {type(value).__name__}")
+    return value
+
+
+def _checked_weights(value: Any) -> dict[str, Tensor]:
+    content: dict[Any, Any] = _of_type(value, dict)
+    if wrong := [key for key in content if not isinstance(key, str)]:
+        raise TypeError(f"its keys must be names of parameters and buffers, but one is {wrong[0]!r}")
+    return content
+
+
+def _cause(values: Mapping[str, Any]) -> Cause:
+    cause = Cause(**values)
+    if type(cause.reproduced) is not bool:
+        raise TypeError(f"reproduced must be true or false, got {cause.reproduced!r}")
+    for name, value in cause._asdict().items():
+        if name != "reproduced" and not isinstance(value, str) and (value is not None or name == "explanation"):
+            raise TypeError(f"{name} must be a string{'' if name == 'explanation' else ' or null'}, got {value!r}")
+    return cause
+
+
+def _random_state(values: Any) -> RandomState:
+    """The state, after the generators of torch, NumPy and Python have taken it once: they know what is valid."""
+    state = RandomState(**_of_type(values, dict))
+    now = RandomState.capture()
+    try:
+        state.restore()
+    finally:
+        now.restore()
+    return state
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _number(content: dict[str, Any]) -> Any:

@@ -23,7 +23,7 @@ _NUMBERS = 4  # loss, raw norm, clipped norm, coefficient
 class StepHistory:
     """A ring of one optimizer's last steps, with the norm of every gradient, that never makes the host wait.
 
-    Reach for it where a step's numbers may be wanted later, and mostly are not. Adding a step is two small copies on
+    Use it when a step's numbers may be wanted later, and mostly are not. Adding a step is two small copies on
     the device, to storage that is allocated once and grows only when there are more gradients than in any step before.
     The values come to the host when they are asked for, all in one transfer.
 

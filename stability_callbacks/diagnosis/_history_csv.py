@@ -127,6 +127,8 @@ def _row(cells: Mapping[str, str]) -> StepRow:
     if None in cells or None in cells.values():  # how the reader marks cells too many, and too few
         raise ValueError("wrong number of cells")
     step, epoch, batch_idx = (int(cells[name]) for name in _INTEGERS)
+    if not -(2**63) <= step < 2**63:
+        raise ValueError(f"step {step} does not fit into 64 bits")
     loss, norm, clipped_norm, coefficient = (float(cells[name]) for name in _NUMBERS)
     rates = (cell for column, cell in cells.items() if column == _RATE or column.startswith(f"{_RATE}/"))
     verdict = cells["verdict"]

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_history"]
 
-# Told apart with every kind of colour vision.
+# Told apart with every kind of color vision.
 _RAW, _CLIPPED, _SKIPPED, _NON_FINITE = "#0072b2", "#56b4e9", "#e69f00", "#d55e00"
 _NO_GRADIENT, _ZERO = "#d0d0d0", "#000000"
-_LABELLED_LAYERS = 60
+_LABELED_LAYERS = 60
 _LABEL_LENGTH = 48
 
 
@@ -30,7 +30,7 @@ def plot_history(rows: Sequence[StepRow], path: str | os.PathLike[str]) -> None:
     """Draw a history: loss, gradient norms, learning rates, and a heat map of the layers' gradient norms.
 
     Skipped steps are shaded. A value that is not finite is a cross at the upper edge of its curve, and a cell of its
-    own colour in the heat map; so is a norm of zero, and a layer without a gradient. The file is there complete or not
+    own color in the heat map; so is a norm of zero, and a layer without a gradient. The file is there complete or not
     at all.
 
     Args:
@@ -81,7 +81,7 @@ def plot_history(rows: Sequence[StepRow], path: str | os.PathLike[str]) -> None:
     for bar in bars:
         bar.set_axis_off()
     _draw_layers(of_layers, bars[-1], rows, layers)
-    _explain_colours(figure)
+    _explain_colors(figure)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
@@ -106,7 +106,7 @@ def _use_logarithms(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _draw_layers(axes: Axes, bar: Axes, rows: Sequence[StepRow], layers: Sequence[str]) -> None:
-    """A heat map of the layers' norms on a logarithmic scale, and what can't be shown on one in colours of its own."""
+    """A heat map of the layers' norms on a logarithmic scale, and what can't be shown on one in colors of its own."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, LogNorm
 
@@ -124,7 +124,7 @@ def _draw_layers(axes: Axes, bar: Axes, rows: Sequence[StepRow], layers: Sequenc
         axes.figure.colorbar(mesh, cax=bar, label="gradient norm")
     for cells, color in ((norms == 0, _ZERO), (~np.isfinite(norms), _NON_FINITE)):
         axes.pcolormesh(*corners, np.ma.masked_where(~cells, cells), cmap=ListedColormap([color]))
-    every = math.ceil(len(layers) / _LABELLED_LAYERS)
+    every = math.ceil(len(layers) / _LABELED_LAYERS)
     axes.set_yticks(range(0, len(layers), every), [_short(layer) for layer in layers[::every]], fontsize=7)
     axes.invert_yaxis()
 
@@ -137,11 +137,11 @@ def _edges(steps: Sequence[int]) -> NDArray[np.float64]:
     """Where the cells of a heat map begin and end: half way between steps, which may be more than one apart."""
     before = 2 * steps[0] - steps[1] if len(steps) > 1 else steps[0] - 1
     after = 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[0] + 1
-    centres = np.array([before, *steps, after], dtype=np.float64)
-    return (centres[1:] + centres[:-1]) / 2
+    centers = np.array([before, *steps, after], dtype=np.float64)
+    return (centers[1:] + centers[:-1]) / 2
 
 
-def _explain_colours(figure: Figure) -> None:
+def _explain_colors(figure: Figure) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

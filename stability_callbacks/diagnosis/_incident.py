@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -21,6 +22,10 @@ __all__ = ["Incident", "IncidentLog", "read_incidents"]
 
 _PHASES = ("input", "parameter", "buffer", "forward", "loss", "backward")  # of a Cause
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_COUNTERS = ("step", "epoch", "batch_idx", "rank")
+_TEXTS = ("kind", "action", "time")
+_OPTIONAL_TEXTS = ("module", "operation", "source", "bundle", "optimizer")
+_LONGEST_QUOTE = 60
 
 
 def _now() -> str:
@@ -91,15 +96,20 @@ class Incident:
         """The incident that a JSON object describes.
 
         Raises:
-            ValueError: If the text is not JSON, or not that of an incident.
+            ValueError: If the text is not JSON, or not that of an incident: a key is missing, or a value has another
+                type than its attribute. Integers must fit into 64 bits, and numbers in ``evidence`` into a float.
         """
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply for an incident") from error
         if not isinstance(values, Mapping) or not isinstance(values.get("evidence"), Mapping):
             raise ValueError("this is not the JSON object of an incident")
         required = [each.name for each in fields(cls) if each.default is each.default_factory is MISSING]
         if missing := [name for name in required if name not in values]:
             raise ValueError(f"the incident has no {', '.join(missing)}")
         known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        _check_types(known)
         evidence = {name: _decode(value) for name, value in values["evidence"].items()}
         return cls(**{**known, "evidence": evidence})
 
@@ -167,7 +177,7 @@ class IncidentLog:
     """A file of incidents, one JSON object a line, that survives the process at every moment.
 
     Each line is written at once and is on the disk before :meth:`append` returns. Several processes may append to one
-    file. A line that a killed process left incomplete is ended, so that it spoils no other; readers leave it out.
+    file. A line that a killed process left incomplete is ended, so that it corrupts no other; readers leave it out.
 
     Args:
         path: The file, by convention ``incidents.jsonl``. It and its directories are made by the first incident.
@@ -239,6 +249,30 @@ def _where(module: str | None) -> str:
     if module is None:
         return "somewhere in the model"
     return f"in module `{module}`" if module else "in the model itself, outside of its submodules,"
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    """Raise a ValueError at the first value that is not of its attribute's type."""
+    for name, value in values.items():
+        if name in _COUNTERS:
+            _check(type(value) is int and -(2**63) <= value < 2**63, name, "an integer of at most 64 bits", value)
+        elif name in _TEXTS:
+            _check(isinstance(value, str), name, "a string", value)
+        elif name in _OPTIONAL_TEXTS:
+            _check(value is None or isinstance(value, str), name, "a string or null", value)
+    for name, value in values["evidence"].items():
+        _check(isinstance(value, str) or _is_number(value), f"evidence[{name!r}]", "a number or a string", value)
+
+
+def _check(valid: bool, name: str, allowed: str, value: Any) -> None:
+    if not valid:
+        quote = json.dumps(value)
+        shown = quote if len(quote) <= _LONGEST_QUOTE else f"{quote[:_LONGEST_QUOTE]}..."
+        raise ValueError(f"{name} must be {allowed}, got {shown}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < sys.float_info.max)
 
 
 def _encode(value: float | str) -> float | str:

@@ -185,7 +185,7 @@ class StepHooks:
     # ---- snapshots, and the end
 
     def statistics(self) -> Sequence[Stateful]:
-        """What was learnt from gradients and losses, and must go back when training goes back to a snapshot."""
+        """What was learned from gradients and losses, and must go back when training goes back to a snapshot."""
         return ()
 
     def finish_training(self, training: Training) -> None:

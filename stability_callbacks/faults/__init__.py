@@ -7,7 +7,7 @@ Example:
     >>> batch = {"image": torch.zeros(2), "label": torch.zeros(2)}
     >>> if fault.is_due(step=150):
     ...     spot = draw_spot(fault, 150, named_tensors(batch, "batch"))
-    ...     undo = spot.spoil_(fault.factor)
+    ...     undo = spot.corrupt_(fault.factor)
     >>> spot.name, float(batch["image"].max())
     ("batch['image']", inf)
     >>> undo()

@@ -1,4 +1,4 @@
-"""A trap at the outputs of modules, which spoils the next one."""
+"""A trap at the outputs of modules, which corrupts the next one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["OutputTrap"]
 
 
 class OutputTrap:
-    """Spoils the output of a module that is drawn, once, by forward hooks that live until then.
+    """Corrupts the output of a module that is drawn, once, by forward hooks that live until then.
 
     A module may not be called in a step, such as the output projection in ``nn.MultiheadAttention``. So the output of
-    the first module to be called is spoiled among the one that was drawn and those that come after it in the model.
+    the first module to be called is corrupted among the one that was drawn and those that come after it in the model.
     The output is replaced, not written to, and its gradient passes through the fault.
 
     Args:
@@ -31,8 +31,8 @@ class OutputTrap:
         step: The step.
         modules: The modules of a model with their names, as ``named_modules`` gives them. The segments that wrappers
             such as ``torch.compile`` add to names don't count.
-        on_hit: Called with the module's name when an output is spoiled.
-        armed: Whether to spoil it; else ``on_hit`` is called all the same. Default True.
+        on_hit: Called with the module's name when an output is corrupted.
+        armed: Whether to corrupt it; else ``on_hit`` is called all the same. Default True.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -65,17 +65,17 @@ class OutputTrap:
         self._hooks.remove()
 
     def _spring(self, call: ModuleCall) -> Any:
-        # Of containers that torch's pytree does not know none can be made anew around the spoiled tensor.
-        tensors = [leaf for leaf in tree_leaves(call.output) if _can_be_spoiled(leaf)]
+        # Of containers that torch's pytree does not know none can be made anew around the corrupted tensor.
+        tensors = [leaf for leaf in tree_leaves(call.output) if _can_be_corrupted(leaf)]
         if not tensors or not self._hooks:
             return None
         self.remove()
         self._on_hit(call.name)
         chosen = draw(self._stream, tensors)
-        spoiled = self._spoil(chosen)
-        return tree_map_only(Tensor, lambda leaf: spoiled if leaf is chosen else leaf, call.output)
+        corrupted = self._corrupt(chosen)
+        return tree_map_only(Tensor, lambda leaf: corrupted if leaf is chosen else leaf, call.output)
 
-    def _spoil(self, tensor: Tensor) -> Tensor:
+    def _corrupt(self, tensor: Tensor) -> Tensor:
         if not self._armed:
             return tensor
         if math.isfinite(self._fault.factor):
@@ -87,7 +87,7 @@ class OutputTrap:
 
 
 def _candidates(fault: Fault, modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """The modules whose output a fault may spoil: those that its pattern names, or else those that hold no others."""
+    """The modules whose output a fault may corrupt: those that its pattern names, or else those that hold no others."""
     return [
         (name, module)
         for name, module in ((plain_name(name), module) for name, module in modules)
@@ -95,6 +95,6 @@ def _candidates(fault: Fault, modules: Iterable[tuple[str, nn.Module]]) -> list[
     ]
 
 
-def _can_be_spoiled(leaf: Any) -> bool:
+def _can_be_corrupted(leaf: Any) -> bool:
     plain = isinstance(leaf, Tensor) and leaf.layout == torch.strided and not isinstance(leaf, DTensor)
     return plain and is_float(leaf) and leaf.numel() > 0

@@ -30,7 +30,7 @@ class Spot(NamedTuple):
     memory: Tensor
 
     @torch.no_grad()
-    def spoil_(self, value: float) -> Callable[[], None]:
+    def corrupt_(self, value: float) -> Callable[[], None]:
         """Put a value that is not finite there, or multiply by one that is.
 
         Args:
@@ -68,7 +68,7 @@ def draw_spot(fault: Fault, step: int, candidates: Iterable[tuple[str, Tensor]])
     Example:
         >>> weight, mask = torch.ones(2, 3), torch.ones(2, dtype=torch.bool)
         >>> spot = draw_spot(Fault("weight", steps=0), 0, [("weight", weight), ("mask", mask)])
-        >>> undo = spot.spoil_(float("nan"))
+        >>> undo = spot.corrupt_(float("nan"))
         >>> int(weight.isnan().sum())
         1
     """

@@ -1,4 +1,4 @@
-"""Initialisation policies: what a model's parameters start as. Pure PyTorch, for any module.
+"""Initialization policies: what a model's parameters start as. Pure PyTorch, for any module.
 
 Example:
     >>> import torch

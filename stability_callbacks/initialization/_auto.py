@@ -20,7 +20,7 @@ __all__ = ["Auto"]
 
 
 class Auto(Policy):
-    r"""Initialisation by layer type and the activation that follows: the one to start with.
+    r"""Initialization by layer type and the activation that follows: the one to start with.
 
     ================================= ================================================================================
     layer                             what it gets
@@ -44,7 +44,7 @@ class Auto(Policy):
 
     A part of the model that bears the name of a pretrained checkpoint it came from (as models of Hugging Face do, in
     ``config._name_or_path``) is left alone. Other pretrained weights cannot be told from random ones: freeze them, or
-    name what to initialise with :class:`ByPattern`.
+    name what to initialize with :class:`ByPattern`.
 
     Args:
         forget_bias: See :class:`Recurrent`.

@@ -30,7 +30,7 @@ from stability_callbacks.initialization._wiring import (
 
 __all__ = ["activation_after"]
 
-# Modules of these files of torch.nn are looked through: they normalise, pool, mask or rearrange.
+# Modules of these files of torch.nn are looked through: they normalize, pool, mask or rearrange.
 _TRANSPARENT_FILES = {
     f"torch.nn.modules.{name}"
     for name in (
@@ -47,7 +47,7 @@ _TRANSPARENT_FILES = {
         "upsampling",
     )
 }
-# So are a user's own normalisation layers, known by their names.
+# So are a user's own normalization layers, known by their names.
 _NORM_CLASS = re.compile(r"norm(\dd)?$", re.IGNORECASE)
 # And so are functions and methods of these names.
 _TRANSPARENT_OPERATIONS = re.compile(

@@ -56,7 +56,7 @@ class _KernelPolicy(Policy):
 
 
 class Xavier(_KernelPolicy):
-    r"""Xavier initialisation (Glorot): keeps the signal's variance in both directions through tanh-like layers.
+    r"""Xavier initialization (Glorot): keeps the signal's variance in both directions through tanh-like layers.
 
     .. math:: W \sim U(-a, a), \quad a = \text{gain} \sqrt{\frac{6}{\text{fan\_in} + \text{fan\_out}}}
         \qquad \text{or} \qquad W \sim N\Big(0, \text{gain}^2 \frac{2}{\text{fan\_in} + \text{fan\_out}}\Big)
@@ -99,7 +99,7 @@ class Xavier(_KernelPolicy):
 
 
 class Kaiming(_KernelPolicy):
-    r"""Kaiming initialisation (He): keeps the signal's size through layers that rectify.
+    r"""Kaiming initialization (He): keeps the signal's size through layers that rectify.
 
     .. math:: W \sim N\Big(0, \frac{\text{gain}^2}{\text{fan}}\Big) \qquad \text{or} \qquad
         W \sim U(-a, a), \quad a = \text{gain} \sqrt{\frac{3}{\text{fan}}}
@@ -147,7 +147,7 @@ class Kaiming(_KernelPolicy):
 
 
 class Orthogonal(_KernelPolicy):
-    r"""Orthogonal initialisation: every linear map keeps angles and, up to the gain, lengths.
+    r"""Orthogonal initialization: every linear map keeps angles and, up to the gain, lengths.
 
     .. math:: W W^\top = \text{gain}^2 I \quad \text{or} \quad W^\top W = \text{gain}^2 I
 

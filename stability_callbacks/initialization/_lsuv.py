@@ -1,4 +1,4 @@
-"""Initialisation by data: layers are scaled until a batch keeps its size through them."""
+"""Initialization by data: layers are scaled until a batch keeps its size through them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LSUV(Policy):
         |\operatorname{Var}(\text{output}) - 1| \le \text{tolerance}
 
     It needs no theory of the activations, so it fits where :class:`Auto`'s does not: unusual activations, inputs that
-    are not standardised, branches that add up. Written to linear layers, convolutions and transposed convolutions,
+    are not standardized, branches that add up. Written to linear layers, convolutions and transposed convolutions,
     whose biases become zero; all else is left alone. One forward pass without gradients is made, in the mode the model
     is in; buffers (the statistics of batch norm) and random states are put back.
 
@@ -92,7 +92,7 @@ class LSUV(Policy):
         return constant(0) if slot.role is Role.BIAS else None
 
     def apply(self, model: nn.Module, batch: Any = None) -> InitReport:
-        """Initialise a model in place, with the help of a batch.
+        """Initialize a model in place, with the help of a batch.
 
         Args:
             model: The model. Nothing but its parameters changes.

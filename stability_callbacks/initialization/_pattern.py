@@ -19,7 +19,7 @@ class ByPattern(Policy):
     r"""A policy for each part of a model, chosen by parameter name.
 
     Patterns are regular expressions searched in the parameter's full name; the first that matches decides. Parameters
-    that none matches are left alone. With it a pretrained body is spared and a new head is initialised.
+    that none matches are left alone. With it a pretrained body is spared and a new head is initialized.
 
     Args:
         policies: From pattern to policy, in order; ``None`` leaves the parameters alone.

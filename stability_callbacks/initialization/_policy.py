@@ -1,4 +1,4 @@
-"""What every initialisation policy is: a plan of what to write into which parameter, and its careful execution."""
+"""What every initialization policy is: a plan of what to write into which parameter, and its careful execution."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Plan = Mapping[str, Fill | LeaveAlone]
 
 
 class Policy(ABC):
-    """An initialisation policy: what to write into which parameter of a model.
+    """An initialization policy: what to write into which parameter of a model.
 
     Derive from it and write :meth:`rule` to make one of your own. What a policy owes:
 
@@ -44,10 +44,10 @@ class Policy(ABC):
     What all policies get from this class:
 
     - Parameters keep their identity: values are copied in place, so optimizers and hooks go on to hold them.
-    - A tied parameter is initialised once, by the first of its names for which the policy has a rule. A frozen one
+    - A tied parameter is initialized once, by the first of its names for which the policy has a rule. A frozen one
       (``requires_grad=False``) is left alone.
     - A parametrised weight (``weight_norm``, ``spectral_norm``, ``orthogonal`` of
-      ``torch.nn.utils.parametrizations``) is initialised through the ``right_inverse`` of its parametrizations, and
+      ``torch.nn.utils.parametrizations``) is initialized through the ``right_inverse`` of its parametrizations, and
       left alone where they have none. The estimate of ``spectral_norm`` is brought up to date.
     - Values are drawn on the CPU from torch's default generator, in float32 or better, and cast: a seed gives the same
       weights on any device and in any precision. Each process of a sharded model (``fully_shard``) draws the whole
@@ -97,7 +97,7 @@ class Policy(ABC):
         return plan
 
     def apply(self, model: nn.Module, batch: Any = None) -> InitReport:
-        """Initialise a model in place.
+        """Initialize a model in place.
 
         Args:
             model: The model. Nothing but its parameters changes.
@@ -134,7 +134,7 @@ def _carry_out(plan: Plan, model: nn.Module) -> InitReport:
     lazy = [slot.name for slot in all_slots if slot.shape is None]
     if lazy:
         warnings.warn(
-            f"These parameters are lazy and were not initialised: {', '.join(lazy)}. Run a batch through the model"
+            f"These parameters are lazy and were not initialized: {', '.join(lazy)}. Run a batch through the model"
             " first, in `configure_model` for instance.",
             stacklevel=3,
         )
@@ -142,7 +142,7 @@ def _carry_out(plan: Plan, model: nn.Module) -> InitReport:
 
 
 def _owners(all_slots: list[Slot], plan: Plan) -> dict[int, str]:
-    """The name under which each tensor is initialised: its first that the plan writes, or its first."""
+    """The name under which each tensor is initialized: its first that the plan writes, or its first."""
     owners: dict[int, str] = {}
     writers = [slot for slot in all_slots if isinstance(plan.get(slot.name), Fill)]
     for slot in (*writers, *all_slots):

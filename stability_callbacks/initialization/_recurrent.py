@@ -1,4 +1,4 @@
-"""Initialisation of recurrent layers."""
+"""Initialization of recurrent layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LSTMS = (nn.LSTM, nn.LSTMCell)
 
 
 class Recurrent(Policy):
-    r"""Initialisation that lets gradients live through many time steps of an RNN, LSTM or GRU.
+    r"""Initialization that lets gradients live through many time steps of an RNN, LSTM or GRU.
 
     Gate by gate: the hidden-to-hidden matrix is orthogonal, so it neither shrinks nor stretches what it carries from
     step to step; the input-to-hidden matrix is Xavier uniform. Biases are zero, but an LSTM's forget gate starts open:

@@ -1,4 +1,4 @@
-"""What an initialisation did, parameter by parameter."""
+"""What an initialization did, parameter by parameter."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class InitRow(NamedTuple):
 
 @dataclass(frozen=True)
 class InitReport:
-    """The rows of an initialisation, one per parameter and name, in the model's order.
+    """The rows of an initialization, one per parameter and name, in the model's order.
 
-    ``str(report)`` is a plain table, and ``rich.print(report)`` a coloured one.
+    ``str(report)`` is a plain table, and ``rich.print(report)`` a colored one.
 
     Attributes:
         rows: What happened to each parameter.

@@ -22,7 +22,7 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class DepthScaled(Policy):
-    r"""GPT-2's initialisation: normal everywhere, and smaller where residual branches end.
+    r"""GPT-2's initialization: normal everywhere, and smaller where residual branches end.
 
     .. math:: W \sim N(0, \text{std}^2), \qquad W_{\text{residual}} \sim N\Big(0, \frac{\text{std}^2}{N}\Big)
 
@@ -106,7 +106,7 @@ class ZeroResidual(Policy):
         base: What to write into the other parameters. None (default): they are left alone.
 
     Raises:
-        TypeError: If ``base`` is not a policy. Or one that needs a batch: zeros would spoil what it measures.
+        TypeError: If ``base`` is not a policy. Or one that needs a batch: zeros would distort what it measures.
         ValueError: When applied: if no residual branch is found.
 
     Example:

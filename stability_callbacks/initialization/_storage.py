@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 __all__ = ["copy_into", "obstacle", "read", "write"]
 
-# As many power iterations as torch makes when it sets spectral normalisation up.
+# As many power iterations as torch makes when it sets spectral normalization up.
 _SETTLING_POWER_ITERATIONS = 15
 
 
@@ -75,7 +75,7 @@ def copy_into(tensor: Tensor, value: Tensor) -> None:
 
 
 def _settle_power_iterations(parametrization: ParametrizationList) -> None:
-    """Let spectral normalisation find the new weight's largest singular value: its estimate is of the old one."""
+    """Let spectral normalization find the new weight's largest singular value: its estimate is of the old one."""
     with _training(parametrization, True):
         for _ in range(_SETTLING_POWER_ITERATIONS):
             parametrization()

@@ -34,7 +34,7 @@ class Wiring:
     """How the layers of a model are connected.
 
     Each module's own ``forward`` is read by itself, with its children as single nodes, so one that cannot be read
-    spoils nothing but its own level. Nothing about the model changes: neither modes, buffers and hooks, nor any random
+    affects nothing but its own level. Nothing about the model changes: neither modes, buffers and hooks, nor any random
     state. Names are full names without the segments that wrappers such as ``torch.compile`` add.
 
     Args:

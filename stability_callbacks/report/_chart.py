@@ -205,7 +205,10 @@ def _data(curves: Sequence[Curve], span: tuple[int, int], marks: Sequence[Mark],
 
 def _rounded(value: float) -> float | str:
     """As many digits as a pointer shows; as text if JSON has no such number."""
-    return float(f"{value:.5g}") if np.isfinite(value) else number(value)
+    rounded = float(f"{value:.5g}")
+    if np.isfinite(rounded):
+        return rounded
+    return value if np.isfinite(value) else number(value)  # the former where rounding left the range of floats
 
 
 def _x(step: int, span: tuple[int, int]) -> str:

@@ -93,7 +93,11 @@ def bins_of(series: Series, span: tuple[int, int], bins: int) -> dict[int, Bin]:
 def bin_numbers(steps: NDArray[np.int64], span: tuple[int, int], bins: int) -> NDArray[np.int64]:
     """The number of the bin in which each step lies."""
     low, high = span
-    return np.clip((steps - low) * bins // max(high - low + 1, 1), 0, bins - 1)
+    width = max(high - low + 1, 1)
+    if width * bins < 2**63:
+        return np.clip((steps - low) * bins // width, 0, bins - 1)
+    shares = (steps.astype(np.float64) - low) / width  # too wide for integers of 64 bits
+    return np.clip((shares * bins).astype(np.int64), 0, bins - 1)
 
 
 def _slices(series: Series, span: tuple[int, int], bins: int) -> list[tuple[int, int]]:

@@ -115,7 +115,8 @@ def _pixels(layers: Mapping[str, Series], span: tuple[int, int]) -> tuple[NDArra
     positive = norms[on_scale]
     least, most = (float(positive.min()), float(positive.max())) if positive.size else (1.0, 1.0)
     colors = np.full(norms.shape, _NOTHING, np.uint8)
-    share = np.log10(positive / least) / max(np.log10(most / least), 1e-3)
+    exponents = np.log10(positive) - np.log10(least)  # the quotient itself may leave the range of floats
+    share = exponents / max(np.log10(most) - np.log10(least), 1e-3)
     colors[on_scale] = _FIRST_COLOR + np.rint(share * (255 - _FIRST_COLOR)).astype(np.uint8)
     colors[norms == 0] = _ZERO
     colors[~np.isfinite(norms)] = _BROKEN

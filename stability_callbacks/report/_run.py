@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -98,13 +99,16 @@ def read_run(place: Place) -> Run:
         place: Where it is.
 
     Returns:
-        The run.
+        The run. Warns of what can't be read, and leaves it out.
     """
     incidents: list[Incident] = []
     bundles: dict[Path, Bundle | BundleError] = {}
     recorded = False
     for record in place.records:
         kept = {path: _read(path) for path in _bundles_in(record)}
+        for each in kept.values():
+            if isinstance(each, BundleError):
+                warnings.warn(str(each), stacklevel=2)
         bundles |= kept
         if (record / _INCIDENTS).is_file():
             recorded = True

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 __all__ = ["Scale", "number"]
 
 _LOGARITHMIC_FROM = 30.0
+_LARGEST = 1e300  # beyond it, and below its inverse, the arithmetic of axes leaves the range of floats
 
 
 class Scale(NamedTuple):
@@ -42,16 +43,21 @@ class Scale(NamedTuple):
             >>> Scale.fitting(np.array([1.0, 1000.0, math.nan]))
             Scale(low=0.7..., high=1412.5..., logarithmic=True)
         """
-        values = values[np.isfinite(values)]
-        positive = values[values > 0]
+        values = np.clip(values[np.isfinite(values)], -_LARGEST, _LARGEST)
+        positive = values[values > 1 / _LARGEST]
         if logarithmic is None:
-            logarithmic = bool(values.size and values.min() > 0 and values.max() > _LOGARITHMIC_FROM * values.min())
+            least, most = (values.min(), values.max()) if values.size else (0.0, 0.0)
+            logarithmic = bool(least > 1 / _LARGEST and most > _LOGARITHMIC_FROM * least)
         if logarithmic and positive.size:
             low, high = np.log10(positive.min()), np.log10(positive.max())
             margin = max(0.05 * (high - low), 0.05)
             return cls(float(10.0 ** (low - margin)), float(10.0 ** min(high + margin, 308)), True)
         low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
-        margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        margin = 0.06 * (high - low)
+        if high - low <= 1e-9 * max(abs(low), abs(high)):  # too close to each other for ticks in between
+            margin = 0.1 * abs(high)
+        if margin < 1 / _LARGEST:
+            margin = 1.0
         return cls(0.0 if 0 <= low <= 2 * margin else low - margin, high + margin)
 
     def place(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -62,7 +68,7 @@ class Scale(NamedTuple):
                 values = np.log10(np.maximum(values, self.low))
             else:
                 low, high = self.low, self.high
-            return np.clip((values - low) / (high - low), 0.0, 1.0)
+            return (np.clip(values, low, high) - low) / (high - low)
 
     def ticks(self, most: int = 5) -> list[tuple[float, str]]:
         """Round values along the axis: their places, and how they are written.

@@ -153,7 +153,7 @@ class BufferBackup:
     def adopt_changes_since(self, other: BufferBackup) -> None:
         """What was written to buffers since another backup was taken stays, also if this one is restored.
 
-        Reach for it where other code than that which may be undone has run since this backup was taken.
+        Use it when other code than that which may be undone has run since this backup was taken.
 
         Args:
             other: A later backup of the same module.

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 def newest_readable_checkpoint(directory: str | Path) -> Path | None:
     """The newest checkpoint of a directory that is not damaged, for ``Trainer.fit(ckpt_path=...)``.
 
-    Reach for it where a job may be killed at any moment and is started again by the same command. A process that is
+    Use it when a job may be killed at any moment and is started again by the same command. A process that is
     killed, or a disk that is full, while it writes a checkpoint may leave half a file, and that is the newest one then.
     Each damaged one is named in a warning, and the next older one is tried.
 

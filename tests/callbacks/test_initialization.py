@@ -106,14 +106,14 @@ def test_random_state_of_training_is_left_as_it_was() -> None:
     assert drawn[0] == drawn[1]
 
 
-def test_optimizers_train_what_was_initialised() -> None:
+def test_optimizers_train_what_was_initialized() -> None:
     model, callback = NormNet(), silent()
     started = start(model, callback).weights
     assert not torch.equal(model.net[0].weight, started["net.0.weight"])
     assert callback.report is not None
 
 
-def test_layers_of_configure_model_are_initialised() -> None:
+def test_layers_of_configure_model_are_initialized() -> None:
     class Late(NormNet):
         def __init__(self) -> None:
             super().__init__()
@@ -210,7 +210,7 @@ def test_a_trainer_that_has_trained_leaves_other_models_alone() -> None:
     assert same(probe.weights, before)
 
 
-def test_a_fresh_model_in_a_fresh_trainer_is_initialised_by_the_same_callback() -> None:
+def test_a_fresh_model_in_a_fresh_trainer_is_initialized_by_the_same_callback() -> None:
     callback = silent(Normal(std=9.0))
     for _ in range(2):
         assert float(start(NormNet(), callback).weights["net.0.weight"].std()) > 4
@@ -303,7 +303,7 @@ FINDER = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's own: s
 
 @FINDER
 @pytest.mark.parametrize("finder_first", [True, False])
-def test_a_learning_rate_finder_sees_the_initialised_model(finder_first: bool) -> None:
+def test_a_learning_rate_finder_sees_the_initialized_model(finder_first: bool) -> None:
     finder, callback, probe = FinderProbe(num_training_steps=6), silent(Normal(std=3.0)), StartingWeights()
     callbacks = [finder, callback, probe] if finder_first else [callback, probe, finder]
     model = RateNet()
@@ -388,7 +388,7 @@ def test_strategies_that_hide_the_weights_are_refused(monkeypatch: pytest.Monkey
     assert same(weights(model), before)
 
 
-def test_a_failed_initialisation_leaves_no_mark() -> None:
+def test_a_failed_initialization_leaves_no_mark() -> None:
     model = NormNet()
     with pytest.raises(ValueError, match="not_there"):
         start(model, silent(ByPattern({"not_there": Normal()})))
@@ -398,7 +398,7 @@ def test_a_failed_initialisation_leaves_no_mark() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("xavier",), "`policy` must be an initialisation policy such as Auto.*got 'xavier' of type str"),
+        (("xavier",), "`policy` must be an initialization policy such as Auto.*got 'xavier' of type str"),
         ((Auto,), r"`policy` must be .*a class was passed: call it to make an instance"),
         ((Auto(), "yes"), "`verbose` must be True or False, got 'yes'"),
         ((Auto(), True, 1), "`check` must be True or False, got 1"),
@@ -527,7 +527,7 @@ def test_a_check_changes_no_weight_of_another_callback() -> None:
     assert same(*starts)
 
 
-def test_the_check_reports_on_the_first_batch_and_the_initialised_weights() -> None:
+def test_the_check_reports_on_the_first_batch_and_the_initialized_weights() -> None:
     model, callback, probe = NormNet(), checking(), StartingWeights()
     batches = make_batches(3)
     fit(model, batches, [callback, probe])
@@ -558,7 +558,7 @@ def test_a_policy_and_a_check_share_the_batch() -> None:
 def test_the_batch_is_as_training_makes_it() -> None:
     class Prepared(NormNet):
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            return {"numbers": batch["labelled"], "transferred": False}
+            return {"numbers": batch["labeled"], "transferred": False}
 
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return {**batch, "transferred": True}
@@ -568,7 +568,7 @@ def test_the_batch_is_as_training_makes_it() -> None:
             return self.loss(batch["numbers"])
 
     callback = checking()
-    fit(Prepared(), {"labelled": ResumableLoader(make_batches(2))}, [callback])  # several loaders, by name
+    fit(Prepared(), {"labeled": ResumableLoader(make_batches(2))}, [callback])  # several loaders, by name
     assert callback.signal_report is not None
 
 
@@ -585,7 +585,7 @@ def test_the_step_runs_in_the_precision_of_training() -> None:
 
 def test_an_unhealthy_model_is_reported_in_a_warning() -> None:
     callback = checking(Normal(std=50.0))
-    with pytest.warns(UserWarning, match="The initialised model is not healthy") as caught:
+    with pytest.warns(UserWarning, match="The initialized model is not healthy") as caught:
         start(NormNet(), callback)
     (message,) = [text for each in caught if "not healthy" in (text := str(each.message))]
     assert callback.signal_report is not None
@@ -606,7 +606,7 @@ def test_no_check_unless_asked_for_and_none_on_a_resumed_run(tmp_path: Path) -> 
 
 def test_manual_optimization_is_not_checked() -> None:
     callback = checking()
-    with pytest.warns(UserWarning, match="does not support manual optimization: the model was initialised but not"):
+    with pytest.warns(UserWarning, match="does not support manual optimization: the model was initialized but not"):
         start(TwoOptimizers(), callback)
     assert callback.report is not None
     assert callback.signal_report is None

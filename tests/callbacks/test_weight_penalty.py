@@ -90,7 +90,7 @@ def test_decoupled_l1_makes_exact_zeros_and_logs_their_share(tmp_path: Any, fuse
 
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_skipped_step_is_not_penalised(fused: bool, decoupled: bool) -> None:
+def test_a_skipped_step_is_not_penalized(fused: bool, decoupled: bool) -> None:
     good = make_batches(6)
     bad = [poison(good[0]), *good[:3], poison(good[1]), *good[3:]]
 

@@ -54,7 +54,7 @@ def test_excluded_parameters_are_left_alone() -> None:
 
 
 class Classifier(nn.Module):
-    """The classifier is defined last, after a normalisation, whichever layers it has."""
+    """The classifier is defined last, after a normalization, whichever layers it has."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()

@@ -140,7 +140,7 @@ def decaying_loss(generator: np.random.Generator, steps: int) -> Series:
 
 
 def loss_near_zero(generator: np.random.Generator, steps: int) -> Series:
-    """As of a classifier that has learnt its data, at a small batch size."""
+    """As of a classifier that has learned its data, at a small batch size."""
     return generator.lognormal(mean=-5, sigma=1.5, size=steps)
 
 

@@ -306,7 +306,7 @@ def test_another_table_is_refused(tmp_path: Path, damage: Any) -> None:
 
 
 def colors(path: Path) -> Any:
-    """How many pixels of the picture have a colour, given as in matplotlib."""
+    """How many pixels of the picture have a color, given as in matplotlib."""
     pixels = (imread(path)[..., :3] * 255).round().astype(int)
 
     def count(color: str) -> int:

@@ -20,12 +20,13 @@ NAN, INF = math.nan, math.inf
 NAMES_OF_NUMBERS = {"nan", "inf", "-inf"}
 
 texts = st.text(st.characters(codec=None))  # lone surrogates too
+counters = st.integers(-(2**63), 2**63 - 1)
 incidents = st.builds(
     Incident,
-    step=st.integers(),
-    epoch=st.integers(),
-    batch_idx=st.integers(),
-    rank=st.integers(),
+    step=counters,
+    epoch=counters,
+    batch_idx=counters,
+    rank=counters,
     kind=texts,
     evidence=st.dictionaries(
         texts, st.floats() | st.integers() | texts.filter(lambda text: text not in NAMES_OF_NUMBERS)

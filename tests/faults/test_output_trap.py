@@ -1,4 +1,4 @@
-"""The trap at modules' outputs: one output is spoiled once, and its hooks are gone."""
+"""The trap at modules' outputs: one output is corrupted once, and its hooks are gone."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def hooks(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", 100.0])
-def test_spoils_one_element_or_multiplies_all_of_one_output_once(value: Any) -> None:
+def test_corrupts_one_element_or_multiplies_all_of_one_output_once(value: Any) -> None:
     model, x = net(), torch.randn(2, 3)
     clean = model[0](x)
     trap, hit = spring(model, Fault("activation", value, steps=0, where="^0$"))
-    spoiled = model[0](x)
+    corrupted = model[0](x)
     if isinstance(value, str):
-        differ = spoiled != clean
+        differ = corrupted != clean
         assert int(differ.sum()) == 1
-        assert repr(float(spoiled[differ].detach())) == value
+        assert repr(float(corrupted[differ].detach())) == value
     else:
-        assert_same_bits(spoiled, clean * value)
+        assert_same_bits(corrupted, clean * value)
     assert hit == ["0"]
     assert hooks(model) == 0
     assert_same_bits(model[0](x), clean)
@@ -111,7 +111,7 @@ class Nested(nn.Module):
         return {"index": x.argmax(), "pair": (x, [x + 1]), "empty": x[:0]}
 
 
-def test_an_output_of_any_nesting_is_rebuilt_around_one_spoiled_tensor() -> None:
+def test_an_output_of_any_nesting_is_rebuilt_around_one_corrupted_tensor() -> None:
     model, x = nn.Sequential(Nested()), torch.randn(2, 3)
     places = set()
     for step in range(20):

@@ -39,7 +39,7 @@ def test_changes_one_element_or_multiplies_all_and_goes_back(name: str, value: A
     before = tensor.detach().clone()
     spot = draw_spot(Fault("weight", value, steps=0), 0, [(name, tensor)])
     assert spot is not None
-    undo = spot.spoil_(float(value))
+    undo = spot.corrupt_(float(value))
     assert spot.name == name
     if isinstance(value, str):
         assert spot.memory.shape == ()
@@ -59,7 +59,7 @@ def test_every_element_is_drawn_about_equally_often() -> None:
     for step in range(3000):
         spot = draw_spot(Fault("weight", steps=0), step, [("x", tensor)])
         assert spot is not None
-        undo = spot.spoil_(math.nan)
+        undo = spot.corrupt_(math.nan)
         counts[int(tensor.isnan().reshape(-1).int().argmax())] += 1
         undo()
     assert len(counts) == 6
@@ -92,7 +92,7 @@ def test_draws_go_by_seed_and_step_alone() -> None:
         tensor = torch.zeros(10_000)
         spot = draw_spot(Fault("weight", steps=0, seed=seed), step, [("x", tensor)])
         assert spot is not None
-        spot.spoil_(math.inf)
+        spot.corrupt_(math.inf)
         return int(tensor.argmax())
 
     drawn = {(seed, step): element(seed, step) for seed in range(5) for step in range(5)}
@@ -105,7 +105,7 @@ def test_an_expanded_tensor_is_multiplied_once() -> None:
     expanded = row.expand(3, 2)
     spot = draw_spot(Fault("input", 10.0, steps=0), 0, [("x", expanded)])
     assert spot is not None
-    undo = spot.spoil_(10.0)
+    undo = spot.corrupt_(10.0)
     assert row.tolist() == [10.0, 20.0]
     undo()
     assert row.tolist() == [1.0, 2.0]
@@ -115,7 +115,7 @@ def test_complex_and_sparse_tensors_are_hit_in_their_values() -> None:
     wave = torch.randn(4, dtype=torch.complex64)
     spot = draw_spot(Fault("weight", steps=0), 0, [("wave", wave)])
     assert spot is not None
-    spot.spoil_(math.nan)
+    spot.corrupt_(math.nan)
     assert int(torch.view_as_real(wave).isnan().sum()) == 1
 
     sparse = torch.sparse_coo_tensor(
@@ -123,7 +123,7 @@ def test_complex_and_sparse_tensors_are_hit_in_their_values() -> None:
     )
     spot = draw_spot(Fault("gradient", "inf", steps=0), 0, [("sparse", sparse)])
     assert spot is not None
-    spot.spoil_(math.inf)
+    spot.corrupt_(math.inf)
     assert int(sparse.to_dense().isinf().sum()) == 1
     empty = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0), (5,), check_invariants=True)
     assert draw_spot(Fault("gradient", steps=0), 0, [("empty", empty)]) is None
@@ -134,7 +134,7 @@ def test_a_view_of_a_data_set_is_given_back_bit_for_bit() -> None:
     before = data.clone()
     spot = draw_spot(Fault("input", 1e-30, steps=0), 0, [("x", data[1:])])
     assert spot is not None
-    undo = spot.spoil_(1e-30)
+    undo = spot.corrupt_(1e-30)
     assert not torch.equal(data[3:], before[3:])
     undo()
     assert torch.equal(data.view(torch.int32), before.view(torch.int32))

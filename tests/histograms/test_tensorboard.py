@@ -55,7 +55,7 @@ class TestRaw:
         histogram = raw(torch.full((7,), -2.0), bins=bins)
         assert (histogram["bucket_limits"], histogram["bucket_counts"]) == ([-2.0], [7.0])
 
-    def test_two_neighbouring_numbers(self) -> None:
+    def test_two_neighboring_numbers(self) -> None:
         values = torch.tensor([1.0, np.nextafter(1.0, 2.0)], dtype=torch.float64)
         histogram = raw(values)
         assert histogram["bucket_limits"] == values.tolist()

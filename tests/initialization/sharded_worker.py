@@ -1,4 +1,4 @@
-"""One of two processes that shard a model between them and initialise it; writes down what each sees of the whole."""
+"""One of two processes that shard a model between them and initialize it; writes down what each sees of the whole."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def initialize(model: Model, policy: Policy) -> dict[str, object]:
-    """Weights and report after an initialisation from a fixed seed."""
+    """Weights and report after an initialization from a fixed seed."""
     torch.manual_seed(1)
     report = policy.apply(model)
     return {

@@ -91,7 +91,7 @@ def test_signals_keep_their_size_through_many_layers(activation: Callable[[], nn
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh])
-def test_signals_die_with_the_initialisation_of_torch(activation: Callable[[], nn.Module]) -> None:
+def test_signals_die_with_the_initialization_of_torch(activation: Callable[[], nn.Module]) -> None:
     sizes = signal(mlp(30, activation))
     assert sizes[-1] / sizes[0] < 1e-6
 

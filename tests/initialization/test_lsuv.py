@@ -1,4 +1,4 @@
-"""Initialisation by data: every layer's output has variance 1, and nothing but weights changes."""
+"""Initialization by data: every layer's output has variance 1, and nothing but weights changes."""
 
 from __future__ import annotations
 

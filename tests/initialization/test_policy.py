@@ -288,7 +288,7 @@ def test_parametrised_recurrent_weights() -> None:
 
 def test_lazy_parameters_are_left_alone_with_a_warning() -> None:
     model = nn.Sequential(nn.LazyLinear(3), nn.ReLU(), nn.Linear(3, 2))
-    with pytest.warns(UserWarning, match=r"lazy and were not initialised: 0\.weight, 0\.bias.*Run a batch"):
+    with pytest.warns(UserWarning, match=r"lazy and were not initialized: 0\.weight, 0\.bias.*Run a batch"):
         report = Auto().apply(model)
     assert report["0.weight"].shape is None
     assert report["0.weight"].what.startswith("left alone: lazy")

@@ -124,7 +124,7 @@ def test_steps_with_one_origin_are_one_piece_of_advice() -> None:
     ("phase", "words"),
     [
         ("input", "broken before they reached it"),
-        ("parameter", "spoiled it"),
+        ("parameter", "made it non-finite"),
         ("buffer", "Running statistics"),
         ("loss", "It came from elsewhere"),
         ("backward", "its gradient is not"),

@@ -357,7 +357,8 @@ def own_run(run: Path, tmp_path: Path) -> Path:
 def test_a_damaged_bundle_is_told_of_and_the_rest_is_shown(own_run: Path) -> None:
     bundle = own_run / "flight_record" / "bundles" / f"step={BAD_STEP}-nonfinite"
     (bundle / "cause.json").write_text("{")
-    page = page_of(own_run)
+    with pytest.warns(UserWarning, match=r"can't be read because of cause\.json"):
+        page = page_of(own_run)
     assert "can't be read because of cause.json" in page.words
     assert f"step={SPIKE_STEP}-spike" in page.words
 

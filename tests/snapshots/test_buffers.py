@@ -203,7 +203,7 @@ def test_sparse_buffers_come_back(compressed: bool) -> None:
 
 
 @pytest.mark.parametrize("features", [8, 70_000])
-def test_batch_normalisation_is_undone_whatever_its_size(features: int, restore: Restore) -> None:
+def test_batch_normalization_is_undone_whatever_its_size(features: int, restore: Restore) -> None:
     norm = nn.BatchNorm1d(features)
     norm(torch.randn(4, features))
     version = norm.running_mean._version  # type: ignore[union-attr]
