@@ -17,7 +17,6 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from stability_callbacks._validation import check_bool, check_integer, check_path
 from stability_callbacks.detection import input_magnitude
@@ -28,11 +27,13 @@ from stability_callbacks.diagnosis import (
     IncidentLog,
     RandomState,
     StepHistory,
+    can_run_in_fork,
     find_cause,
     isolated,
     kind_of,
     make_room,
     run_in_fork,
+    run_on_copy,
     tensor_bytes,
     write_bundle,
 )
@@ -66,8 +67,9 @@ class FlightRecorder(StabilityCallback):
       batch, the weights before the step and the random state, within the bounds given;
     - for a non-finite one the batch is run once more, in a copy of the process, to name the first module and operation
       that broke, and its line of source. Whatever ``training_step`` does besides (a teacher that it moves, batches that
-      it draws from iterators, files that it writes) happens in the copy alone. Models on an accelerator, and systems
-      other than Linux, are not searched, and the incident says so: replay the bundle.
+      it draws from iterators, files that it writes) happens in the copy alone. Where a model is on an
+      accelerator, or the system is not Linux, a deep copy of the model stands in; globals are not copied then. If it
+      can't be made (a generator, an open file), the incident says so: replay the bundle.
 
     Of several processes, the one tells of an incident and writes its bundle in which the fault came up again, or else
     whose batch or loss shows it. Each runs its batch by itself: a sharded model, or a step in which processes meet (as
@@ -291,28 +293,29 @@ class FlightRecorder(StabilityCallback):
         module, precision = training.module, training.trainer.precision_plugin
         if _is_sharded(module):
             return _not_found("not looked for: the model is sharded, and one process can't run it alone")
-        if not _is_on_host([module.state_dict(), [each.batch for each in window]]):
-            return _not_found(
-                "not looked for: the model is on an accelerator, and a copy of the process can't use it; "
-                "replay the bundle"
-            )
         if self._search_hung:
             return _not_found("not looked for: an earlier search did not end")
+        batches = [micro_batch.batch for micro_batch in window]
 
-        def search() -> Cause:
-            for micro_batch in window:
+        def search(module: nn.Module, batches: list[Any], forked: bool = True) -> Cause:
+            for micro_batch, batch in zip(window, batches, strict=True):
 
-                def run(micro_batch: _MicroBatch = micro_batch) -> Tensor | None:
+                def run(batch: Any = batch, batch_idx: int = micro_batch.batch_idx) -> Tensor | None:
                     with precision.train_step_context():
-                        return loss_of(module, micro_batch.batch, micro_batch.batch_idx)
+                        return loss_of(module, batch, batch_idx)
 
-                with isolated(module, micro_batch.random_state._replace(cuda=())), _Alone():  # type: ignore[no-untyped-call]
-                    cause = find_cause(module, run, micro_batch.batch)
+                state = micro_batch.random_state
+                random_state = state._replace(cuda=()) if forked else state
+                with isolated(module, random_state), _Alone():  # type: ignore[no-untyped-call]
+                    cause = find_cause(module, run, batch)
                 if cause.reproduced:
                     break
             return cause
 
-        found = run_in_fork(search)
+        if can_run_in_fork(module, batches):
+            found = run_in_fork(partial(search, module, batches))
+        else:
+            found = run_on_copy(partial(search, forked=False), module, batches, shared=[training.trainer])
         if isinstance(found, Failure):
             self._search_hung = found.timed_out
             return _not_found(str(found))
@@ -441,10 +444,6 @@ def _shared(causes: Sequence[Cause]) -> Cause | None:
     if len(places) > 1:
         return _not_found(f"not looked for again: the {len(causes)} before began in {len(places)} places")
     return last._replace(explanation=f"not looked for again; the {len(causes)} before: {last.explanation}")
-
-
-def _is_on_host(tree: Any) -> bool:
-    return all(not isinstance(leaf, Tensor) or leaf.device.type == "cpu" for leaf in tree_leaves(tree))
 
 
 def _not_found(explanation: str) -> Cause:

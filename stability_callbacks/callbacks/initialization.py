@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from stability_callbacks._validation import check_bool, check_instance
-from stability_callbacks.diagnosis import Failure, run_in_fork
+from stability_callbacks.diagnosis import Failure, can_run_in_fork, run_in_fork, run_on_copy
 from stability_callbacks.engine import loss_of
 from stability_callbacks.engine._lightning import (
     both,
@@ -64,9 +65,9 @@ class Initialization(Callback):
     With ``check=True`` the initialized model is tried out on that batch, through ``training_step``: where activations
     or gradients die or explode, a warning says in which layers, and what helps
     (:func:`~stability_callbacks.initialization.signal_report`). It takes place in a copy of the process, which draws a
-    batch of its own: training afterwards is the same, bit for bit, as without it, whatever ``training_step`` does. A
-    check that fails does not stop training, but warns, as on an accelerator or a system other than Linux.
-    Modules with manual optimization, which make backward passes of their own, and sharded ones are not checked.
+    batch of its own: training afterwards is the same, bit for bit, as without it, whatever ``training_step`` does. On
+    an accelerator, or a system other than Linux, it is a deep copy of the model, which does not isolate globals. A
+    check that fails does not stop training, but warns. Modules with manual optimization, which make backward passes of their own, and sharded ones are not checked.
 
     Args:
         policy: What to write into which parameter. None (default): :class:`~stability_callbacks.initialization.Auto`.
@@ -214,10 +215,13 @@ def _check(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Si
     if trainer.world_size > 1 and batch is None:
         batch = _first_batch(trainer)  # all processes get that of rank 0
 
-    def check() -> SignalReport:
-        return signal_report(pl_module, _first_batch(trainer) if batch is None else batch, loss_fn)
-
-    report = run_in_fork(check)
+    if can_run_in_fork(pl_module, batch):
+        report = run_in_fork(
+            lambda: signal_report(pl_module, _first_batch(trainer) if batch is None else batch, loss_fn)
+        )
+    else:
+        batch = _first_batch(trainer) if batch is None else batch
+        report = run_on_copy(partial(signal_report, loss_fn=loss_fn), pl_module, batch, shared=[trainer])
     if not isinstance(report, Failure):
         return report
     rank_zero_warn(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from stability_callbacks.diagnosis import _builtin_kinds as _builtin_kinds  # registers them
 from stability_callbacks.diagnosis._bundle import Bundle, BundleError, read_bundle, write_bundle
 from stability_callbacks.diagnosis._cause import Cause, find_cause
+from stability_callbacks.diagnosis._copied import can_run_in_fork, run_on_copy
 from stability_callbacks.diagnosis._cures import cure_of
 from stability_callbacks.diagnosis._finding import Finding, Severity
 from stability_callbacks.diagnosis._forked import Failure, run_in_fork
@@ -44,6 +45,7 @@ __all__ = [
     "Unsaved",
     "Wording",
     "bundles",
+    "can_run_in_fork",
     "cure_of",
     "find_cause",
     "isolated",
@@ -57,6 +59,7 @@ __all__ = [
     "read_incidents",
     "register_kind",
     "run_in_fork",
+    "run_on_copy",
     "signal_report",
     "tensor_bytes",
     "write_bundle",

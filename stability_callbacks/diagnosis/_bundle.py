@@ -191,11 +191,6 @@ def read_bundle(path: str | PathLike[str], *, tensors: bool = True, allow_classe
     )
 
 
-def _cause(values: dict[str, Any]) -> Cause:
-    """The cause on record; what newer versions tell beside is left out."""
-    return Cause(**{name: value for name, value in values.items() if name in Cause._fields})
-
-
 class FileRecord(NamedTuple):
     """Size in bytes and checksum (CRC-32) of a file."""
 
@@ -298,7 +293,8 @@ def _checked_weights(value: Any) -> dict[str, Tensor]:
 
 
 def _cause(values: Mapping[str, Any]) -> Cause:
-    cause = Cause(**values)
+    """The cause on record; what newer versions tell beside is left out."""
+    cause = Cause(**{name: value for name, value in values.items() if name in Cause._fields})
     if type(cause.reproduced) is not bool:
         raise TypeError(f"reproduced must be true or false, got {cause.reproduced!r}")
     for name, value in cause._asdict().items():
