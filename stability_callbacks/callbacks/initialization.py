@@ -67,7 +67,8 @@ class Initialization(Callback):
     (:func:`~stability_callbacks.initialization.signal_report`). It takes place in a copy of the process, which draws a
     batch of its own: training afterwards is the same, bit for bit, as without it, whatever ``training_step`` does. On
     an accelerator, or a system other than Linux, it is a deep copy of the model, which does not isolate globals. A
-    check that fails does not stop training, but warns. Modules with manual optimization, which make backward passes of their own, and sharded ones are not checked.
+    check that fails does not stop training, but warns. Modules with manual optimization, which make backward passes of
+    their own, and sharded ones are not checked.
 
     Args:
         policy: What to write into which parameter. None (default): :class:`~stability_callbacks.initialization.Auto`.
