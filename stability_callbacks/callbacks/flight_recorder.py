@@ -34,6 +34,7 @@ from stability_callbacks.diagnosis import (
     write_bundle,
 )
 from stability_callbacks.engine import (
+    STATE_VERSION,
     OptimizerStep,
     PendingRecord,
     Phase,
@@ -137,10 +138,10 @@ class FlightRecorder(StabilityCallback):
 
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()
-        return {"summary": {kind: list(summary) for kind, summary in self._summary.items()}}
+        return {"version": STATE_VERSION, "summary": {kind: list(summary) for kind, summary in self._summary.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._summary = {kind: _Summary(*summary) for kind, summary in state_dict["summary"].items()}
+        self._summary = {kind: _Summary(*summary) for kind, summary in state_dict.get("summary", {}).items()}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

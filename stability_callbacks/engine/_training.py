@@ -51,6 +51,7 @@ class Training:
         report: Tells every callback of an incident.
         multipliers: The factors that callbacks want for the learning rates in an optimizer's next step.
         statistics: Gives what callbacks have learned, and must go back with a snapshot.
+        forget_failures: Lets callbacks count failures anew, before the last good state is saved.
 
     Attributes:
         trainer: The trainer.
@@ -70,6 +71,7 @@ class Training:
         report: Callable[[Incident], None],
         multipliers: Callable[[OptimizerStep], list[Sequence[float]]],
         statistics: Callable[[], list[Stateful]],
+        forget_failures: Callable[[], None] = lambda: None,
     ) -> None:
         self.trainer = trainer
         self.module = module
@@ -83,6 +85,7 @@ class Training:
         self.batch_idx = 0
         self.errors: dict[int, StepError] = {}
         self.statistics = statistics
+        self.forget_failures = forget_failures
         self._multipliers = multipliers
 
     # ---- where it stands
