@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -57,6 +58,7 @@ class Training:
         trainer: The trainer.
         module: The model.
         processes: The processes that train together.
+        run: Names this fit in the files that it writes, the same on every process.
         steps: The current step of each optimizer.
         window: The micro-batches of the current step.
         batch_idx: The index of the current batch.
@@ -76,6 +78,8 @@ class Training:
         self.trainer = trainer
         self.module = module
         self.processes = Processes(trainer)
+        # Not from `random`, whose state belongs to the user's run.
+        self.run: str = self.processes.gather(secrets.token_hex(4))[0]
         self.window = AccumulationWindow(
             module, manual=not module.automatic_optimization, results=lambda: training_results(trainer)
         )
