@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -77,7 +78,7 @@ class LossLevel:
             now, before, losses = math.log(now), math.log(before), [math.log(loss) for loss in losses]
         else:
             floor *= abs(before)
-        differences = [abs(after - first) for first, after in zip(losses, losses[1:], strict=False)]
+        differences = [abs(after - first) for first, after in pairwise(losses)]
         noise = max(_DEVIATION_PER_DIFFERENCE * median(differences), floor)
         return now - before > _THRESHOLD * noise * _OF_A_MEDIAN * math.sqrt(2 / len(recent))
 

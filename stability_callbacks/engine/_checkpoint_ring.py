@@ -121,7 +121,7 @@ class CheckpointRing:
         Returns:
             Whether the newest one is there.
         """
-        parameters = {name: each for name, each in self._trainer.lightning_module.named_parameters()}
+        parameters = dict(self._trainer.lightning_module.named_parameters())
         for entry in entries:
             path, run = Path(entry["path"]), entry["run"]
             try:
@@ -337,18 +337,14 @@ def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _for_groups_of_now(
-    state: dict[str, Any], then: Sequence[Tensor | None], optimizer: Optimizer
-) -> dict[str, Any]:
+def _for_groups_of_now(state: dict[str, Any], then: Sequence[Tensor | None], optimizer: Optimizer) -> dict[str, Any]:
     """A saved optimizer state as if its parameters had been grouped then as they are now; new ones have none."""
     places = {id(parameter): place for place, parameter in enumerate(then) if parameter is not None}
     now = _parameters_of(optimizer)
     saved = state["state"]
     kept = {key: value for key, value in saved.items() if not isinstance(key, int)}
     kept |= {
-        place: saved[places[id(parameter)]]
-        for place, parameter in enumerate(now)
-        if places.get(id(parameter)) in saved
+        place: saved[places[id(parameter)]] for place, parameter in enumerate(now) if places.get(id(parameter)) in saved
     }
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if sizes == [len(group["params"]) for group in state["param_groups"]]:
