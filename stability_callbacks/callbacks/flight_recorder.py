@@ -306,8 +306,13 @@ class FlightRecorder(StabilityCallback):
         weights = None if _is_sharded(module) else module.state_dict()
         if not self.save_batch or not window:
             batches = weights = None
-        bounds = {"max_bundles": self.max_bundles, "max_bytes": max(self.max_bytes, 1)}
-        room = partial(make_room, directory, runs=self._runs, **bounds)
+        room = partial(
+            make_room,
+            directory,
+            max_bundles=self.max_bundles,
+            max_bytes=max(self.max_bytes, 1),
+            runs=self._runs,
+        )
         if not room(tensor_bytes(batches) + tensor_bytes(weights) + _TEXT_BYTES):
             batches = weights = None
             if not room(_TEXT_BYTES):

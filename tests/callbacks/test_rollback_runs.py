@@ -19,7 +19,6 @@ from stability_callbacks import (
     FlightRecorder,
     GradientClipping,
     LRSchedule,
-    Rollback,
     StepGuard,
     TrainingDivergedError,
 )
@@ -65,7 +64,7 @@ def test_it_can_go_on_at_another_rate(tmp_path: Path) -> None:
 def test_a_run_whose_every_step_is_bad_stops_at_once(patience: int, tmp_path: Path) -> None:
     callback = rollback(patience=patience, dirpath=tmp_path)
     model = seeded(NormNet)
-    with pytest.raises(TrainingDivergedError, match="no step was ever accepted.*weights are finite") as error:
+    with pytest.raises(TrainingDivergedError, match=r"no step was ever accepted.*weights are finite") as error:
         fit(model, list(map(poison, make_batches(20))), [StepGuard(), callback])
     assert callback.rollbacks == 0
     assert f"the first {patience} were" in str(error.value)
