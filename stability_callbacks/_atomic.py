@@ -16,7 +16,7 @@ _PREFIX = ".unfinished-"
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], exclusive: bool = False) -> Iterator[Path]:
     """Give a temporary path beside the wanted one to write a file or directory to, and move it there when complete.
 
     What was written is on the disk before it gets its name, so a process killed at any moment, and a power cut too,
@@ -25,6 +25,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: The wanted path. A file there is replaced, and an empty directory by a directory.
+        exclusive: Whether a file there is an error instead, even one that another process has just written.
 
     Yields:
         A path in the same directory, with the same suffix, at which nothing exists yet.
@@ -46,7 +47,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         fsync_tree(temporary)
-        temporary.replace(target)
+        if exclusive and temporary.is_file():
+            os.link(temporary, target)
+            temporary.unlink()
+        else:
+            temporary.replace(target)
     except BaseException:
         _remove(temporary)
         raise

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stability_callbacks._validation import check_instance
 from stability_callbacks.activations import named_modules
-from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, StepClock, Training
+from stability_callbacks.engine import STATE_VERSION, OptimizerStep, Phase, StabilityCallback, StepClock, Training
 from stability_callbacks.engine._lightning import should_accumulate
 from stability_callbacks.faults import (
     Fault,
@@ -117,13 +117,14 @@ class FaultInjector(StabilityCallback):
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()
         return {
+            "version": STATE_VERSION,
             "attempted_steps": list(self._clock.attempted),
             "injected": [tuple(injection) for injection in self._injected],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._clock.attempted = list(state_dict["attempted_steps"])
-        self._injected = [Injection(*injection) for injection in state_dict["injected"]]
+        self._clock.attempted = list(state_dict.get("attempted_steps", ()))
+        self._injected = [Injection(*injection) for injection in state_dict.get("injected", ())]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

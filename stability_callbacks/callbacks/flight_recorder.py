@@ -38,6 +38,7 @@ from stability_callbacks.diagnosis import (
     write_bundle,
 )
 from stability_callbacks.engine import (
+    STATE_VERSION,
     OptimizerStep,
     PendingRecord,
     Phase,
@@ -87,8 +88,9 @@ class FlightRecorder(StabilityCallback):
         history: Number of steps kept, >= 1. Default 256.
         save_batch: Whether bundles hold the batch, the weights and the random state. Default True.
         trace: Whether to look for the cause of non-finite steps. Default True.
-        max_bundles: Number of bundles, >= 0. Default 10.
-        max_bytes: Bytes that all bundles may take, >= 0. Default 2 GiB.
+        max_bundles: Number of bundles of the run, >= 0. Default 10. Those of other runs in the directory don't count,
+            and are never removed.
+        max_bytes: Bytes that all its bundles may take, >= 0. Default 2 GiB.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -114,6 +116,7 @@ class FlightRecorder(StabilityCallback):
     _directory: Path
     _warned: bool
     _search_hung: bool
+    _runs: list[str]
 
     def __init__(
         self,
@@ -146,10 +149,12 @@ class FlightRecorder(StabilityCallback):
 
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()
-        return {"summary": {kind: list(summary) for kind, summary in self._summary.items()}}
+        summary = {kind: list(summary) for kind, summary in self._summary.items()}
+        return {"version": STATE_VERSION, "summary": summary, "runs": list(self._runs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._summary = {kind: _Summary(*summary) for kind, summary in state_dict["summary"].items()}
+        self._summary = {kind: _Summary(*summary) for kind, summary in state_dict.get("summary", {}).items()}
+        self._runs = list(state_dict.get("runs", ()))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -161,6 +166,7 @@ class FlightRecorder(StabilityCallback):
     def prepare(self, training: Training) -> None:
         trainer = training.trainer
         self._directory = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "flight_record"
+        self._runs = [*self._runs, training.run]
         self._histories = {step.label: StepHistory(self.history) for step in training.steps.values()}
 
     def on_optimizers_changed(self, training: Training) -> None:
@@ -331,7 +337,13 @@ class FlightRecorder(StabilityCallback):
         weights = None if _is_sharded(module) else module.state_dict()
         if not self.save_batch or not window:
             batches = weights = None
-        room = partial(make_room, directory, max_bundles=self.max_bundles, max_bytes=max(self.max_bytes, 1))
+        room = partial(
+            make_room,
+            directory,
+            max_bundles=self.max_bundles,
+            max_bytes=max(self.max_bytes, 1),
+            runs=self._runs,
+        )
         if not room(tensor_bytes(batches) + tensor_bytes(weights) + _TEXT_BYTES):
             batches = weights = None
             if not room(_TEXT_BYTES):
@@ -344,6 +356,7 @@ class FlightRecorder(StabilityCallback):
             weights=weights,
             rng=window[0].random_state if batches else None,
             cause=cause,
+            run=training.run,
             meta={
                 "model": f"{type(module).__module__}:{type(module).__qualname__}",
                 "hyper_parameters": dict(module.hparams_initial),
@@ -403,6 +416,7 @@ class FlightRecorder(StabilityCallback):
         self._summary = {}
         self._causes = {}
         self._search_hung = False
+        self._runs = []
         self._warned = False
         self._forget()
 

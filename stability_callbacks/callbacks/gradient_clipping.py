@@ -16,7 +16,16 @@ from torch import Tensor
 
 from stability_callbacks._validation import check_instance
 from stability_callbacks.clipping import ClipResult, ClipRule
-from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, StepClock, StepRecord, Training
+from stability_callbacks.engine import (
+    STATE_VERSION,
+    OptimizerStep,
+    Phase,
+    StabilityCallback,
+    StepClock,
+    StepRecord,
+    Training,
+    load_in_place,
+)
 
 __all__ = ["GradientClipping"]
 
@@ -81,6 +90,7 @@ class GradientClipping(StabilityCallback):
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()
         return {
+            "version": STATE_VERSION,
             "attempted_steps": list(self._clock.attempted),
             "nonfinite_norms": self._nonfinite_norms,
             "clipped_steps": dict(self._clipped_steps),
@@ -88,13 +98,10 @@ class GradientClipping(StabilityCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._clock.attempted = list(state_dict["attempted_steps"])
-        self._nonfinite_norms = state_dict["nonfinite_norms"]
-        self._clipped_steps = dict(state_dict["clipped_steps"])
-        self._rules_of_optimizer = [deepcopy(self.rules) for _ in state_dict["rules"]]
-        for rules, states in zip(self._rules_of_optimizer, state_dict["rules"], strict=True):
-            for rule, state in zip(rules, states, strict=True):
-                rule.load_state_dict(state)
+        self._clock.attempted = list(state_dict.get("attempted_steps", ()))
+        self._nonfinite_norms = state_dict.get("nonfinite_norms", 0)
+        self._clipped_steps = dict(state_dict.get("clipped_steps", {}))
+        load_in_place(self._rules_of_optimizer, state_dict.get("rules", ()), lambda: deepcopy(self.rules))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

@@ -16,8 +16,9 @@ from rich import filesize
 from torch import Tensor
 
 from stability_callbacks._validation import check_choice, check_integer, check_number, check_path
-from stability_callbacks.detection import StepEvidence, SustainedRise
+from stability_callbacks.detection import LossLevel, StepEvidence, SustainedRise
 from stability_callbacks.engine import (
+    STATE_VERSION,
     CheckpointError,
     CheckpointRing,
     OptimizerStep,
@@ -39,6 +40,9 @@ _log = logging.getLogger(__name__)
 # A loss that stands out may be the first of a row: the state is not a good one until it is known to be the last.
 _HIGH_LOSS = "high_loss"
 
+# When the loss has risen since the last snapshot for so many of them, that is its level now.
+_MOST_REFUSALS = 10
+
 # Share of the free host memory that snapshots may take where no budget is given.
 _SHARE_OF_FREE_MEMORY = 0.25
 
@@ -52,6 +56,11 @@ class Rollback(StabilityCallback):
     what clip rules and detectors have learnt), each taken only when everything is finite and no step of the last
     ``patience`` ones was bad.
 
+    A snapshot is on probation until the next one is due: if the loss has risen since by more than its noise (see
+    :class:`~stability_callbacks.detection.LossLevel`), it is dropped and no new one is taken, so that damage which
+    leaves all numbers finite and hides in a steeply falling loss is not what training goes back to. That is not the
+    last one left, and the tenth time that a snapshot is refused in a row the new level counts.
+
     When called for, the newest snapshot is restored bit for bit. The clock is not rewound: schedulers, steps and data
     go on, so that the offending stretch of data is not met again. The learning rate is multiplied and recovers:
 
@@ -59,7 +68,13 @@ class Rollback(StabilityCallback):
               s_0 = \text{lr\_factor} \cdot s_{\text{before}}
 
     A relapse before a new snapshot was taken goes one snapshot further back. After ``max_rollbacks`` of them without
-    ``lr_recovery_steps`` steps in peace, the last good state is saved as a checkpoint and training stops.
+    ``lr_recovery_steps`` steps in peace, the last good state is saved as a checkpoint and training stops. A run that
+    goes on from it counts failures anew. ``ckpt_path`` brings the old learning rate back too; to go on at another one,
+    add a factor: ``LRSchedule(Scaled(WarmupConstant(warmup=0), 0.1))`` for a tenth. Where no step was ever accepted
+    although the weights are finite, going back would change nothing: training stops at once.
+
+    A resumed run goes back to the snapshots on disk of the run before it, as far as they are still there. Snapshots in
+    memory are gone: the checkpoint that it was resumed from is the one to go back to then.
 
     Args:
         every_n_steps: A snapshot is due every so many optimizer steps, >= 1. Default 100.
@@ -69,7 +84,8 @@ class Rollback(StabilityCallback):
         lr_recovery_steps: Number of steps until the learning rate is back, >= 0. Default 500.
         max_rollbacks: Number of rollbacks in a row before training stops, >= 0. Default 3.
         storage: ``"memory"`` (default): copies in host memory, pinned if the model is on a GPU; ``"disk"``: Lightning
-            checkpoints that ``Trainer.fit(ckpt_path=...)`` takes.
+            checkpoints that ``Trainer.fit(ckpt_path=...)`` takes. Each holds the name of its run, and no run restores,
+            replaces or removes those of another, so that several may share a directory.
         dirpath: Where checkpoints are written. Default: ``rollback`` in the logger's directory, or in the trainer's
             ``default_root_dir``.
         max_memory: Bytes of host memory that the snapshots of one process may take. Default: a quarter of the free
@@ -78,7 +94,8 @@ class Rollback(StabilityCallback):
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of its range.
-        MisconfigurationException: At train start, if a trained weight is NaN already.
+        MisconfigurationException: At train start, if a trained weight is NaN already, or if snapshots go to a directory
+            that can't be written to.
         TrainingDivergedError: During training, see above; it names the checkpoint.
 
     Example:
@@ -105,6 +122,11 @@ class Rollback(StabilityCallback):
     _snapshot_due: bool
     _relapse: bool
     _suspect_state: bool
+    _accepted: bool
+    _levels: dict[str, LossLevel]
+    _refusals: int
+    _entries: list[dict[str, Any]]
+    _adoptable: list[dict[str, Any]]
     _found_by: int
     _diverged: str | None
     _ring: SnapshotRing | CheckpointRing | None
@@ -144,6 +166,7 @@ class Rollback(StabilityCallback):
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()
         return {
+            "version": STATE_VERSION,
             "rollbacks": self._rollbacks,
             "rollbacks_in_row": self._rollbacks_in_row,
             "scale_at_rollback": self._scale_at_rollback,
@@ -151,18 +174,34 @@ class Rollback(StabilityCallback):
             "bad_in_row": dict(self._bad_in_row),
             "steps_in_peace": self._steps_in_peace,
             "rises": [rise.state_dict() for rise in self._rises],
+            "accepted": self._accepted,
+            "relapse": self._relapse,
+            "snapshot_due": self._snapshot_due,
+            "levels": {optimizer: level.state_dict() for optimizer, level in self._levels.items()},
+            "refusals": self._refusals,
+            "snapshots": self._ring.entries() if isinstance(self._ring, CheckpointRing) else list(self._entries),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._rollbacks = state_dict["rollbacks"]
-        self._rollbacks_in_row = state_dict["rollbacks_in_row"]
-        self._scale_at_rollback = state_dict["scale_at_rollback"]
-        self._steps_since = state_dict["steps_since"]
-        self._bad_in_row = dict(state_dict["bad_in_row"])
-        self._steps_in_peace = state_dict["steps_in_peace"]
-        self._rises = [SustainedRise(self.patience) for _ in state_dict["rises"]]
-        for rise, state in zip(self._rises, state_dict["rises"], strict=True):
-            rise.load_state_dict(state)
+        self._rollbacks = state_dict.get("rollbacks", 0)
+        self._rollbacks_in_row = state_dict.get("rollbacks_in_row", 0)
+        self._scale_at_rollback = state_dict.get("scale_at_rollback", 1.0)
+        since = state_dict.get("steps_since")
+        self._steps_since = None if since is None else list(since)
+        self._bad_in_row = dict(state_dict.get("bad_in_row", {}))
+        self._steps_in_peace = state_dict.get("steps_in_peace", 0)
+        states = state_dict.get("rises", ())
+        self._rises += [SustainedRise(self.patience) for _ in range(len(states) - len(self._rises))]
+        for index, rise in enumerate(self._rises):
+            rise.load_state_dict(states[index] if index < len(states) else {})
+        self._accepted = state_dict.get("accepted", False)
+        self._relapse = state_dict.get("relapse", False)
+        self._snapshot_due = state_dict.get("snapshot_due", False)
+        self._levels = {}
+        for optimizer, state in state_dict.get("levels", {}).items():
+            self._level_of(optimizer).load_state_dict(state)
+        self._refusals = state_dict.get("refusals", 0)
+        self._entries = self._adoptable = list(state_dict.get("snapshots", ()))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -170,6 +209,7 @@ class Rollback(StabilityCallback):
             return
         self._diverged = None
         self._evidence = {}
+        self._entries, self._adoptable = [], []
         if trainer.global_step == 0:
             self._reset()
 
@@ -186,7 +226,9 @@ class Rollback(StabilityCallback):
                 f"There is nothing good to go back to: {nonfinite.names[0]} is not finite before training has begun. "
                 "Start from other weights or, on a resume, from an older checkpoint."
             )
-        self._ring.take(training.trainer.global_step)
+        adoptable, self._adoptable = self._adoptable, []
+        if not (isinstance(self._ring, CheckpointRing) and self._ring.adopt(adoptable)):
+            self._ring.take(training.trainer.global_step)
 
     def on_optimizers_changed(self, training: Training) -> None:
         if self._ring is None:
@@ -220,7 +262,8 @@ class Rollback(StabilityCallback):
         if not step.gradients:
             return [(name, torch.zeros((), dtype=torch.bool)) for name in (rise.kind, _HIGH_LOSS)]
         evidence = self._evidence[step.label] = StepEvidence(step.loss, step.gradients.norms())
-        return [(rise.kind, rise(evidence)), (_HIGH_LOSS, rise.stands_out(evidence))]
+        sustained, stands_out = rise.judge(evidence)
+        return [(rise.kind, sustained), (_HIGH_LOSS, stands_out)]
 
     def rate_multipliers(self, step: OptimizerStep) -> Sequence[float] | None:
         if self._steps_since is None:
@@ -246,6 +289,9 @@ class Rollback(StabilityCallback):
             self._suspect_state = True
         elif not record.skipped:
             self._bad_in_row[record.optimizer] = 0
+            self._accepted = True
+            if _HIGH_LOSS not in record.watches:  # what stands out by itself is for that to judge
+                self._level_of(record.optimizer).add(record.loss)
         self._steps_in_peace = 0 if bad or _HIGH_LOSS in record.watches else self._steps_in_peace + 1
 
     def needs_records(self, training: Training) -> bool:
@@ -256,12 +302,22 @@ class Rollback(StabilityCallback):
         if reason := self._reason(training):
             self._roll_back(training, reason)
         elif self._snapshot_due and self._steps_in_peace >= self.patience:
-            assert self._ring is not None
-            training.reshard()
-            self._ring.take(training.trainer.global_step)
-            self._snapshot_due = self._relapse = False
+            self._snapshot_due = False
+            if not self._refused():
+                assert self._ring is not None
+                training.reshard()
+                self._ring.take(training.trainer.global_step)
+                self._relapse = False
+                for level in self._levels.values():
+                    level.mark()
         if self._steps_since is not None and min(self._steps_since) >= max(self.lr_recovery_steps, self.every_n_steps):
             self._rollbacks_in_row = 0
+
+    def forget_failures(self) -> None:
+        self._rollbacks_in_row = self._steps_in_peace = 0
+        self._bad_in_row = {}
+        self._rising.clear()
+        self._accepted = self._relapse = self._snapshot_due = False
 
     def divergence(self) -> str | None:
         return self._diverged
@@ -272,6 +328,8 @@ class Rollback(StabilityCallback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
+        if isinstance(self._ring, CheckpointRing):
+            self._entries = self._ring.entries()
         self._ring = None
 
     # ---- private
@@ -286,6 +344,13 @@ class Rollback(StabilityCallback):
                 self._found_by = found.rank
                 return f"not finite: {found}"
         if max(self._bad_in_row.values(), default=0) >= self.patience:
+            if not self._accepted:
+                self._diverged = (
+                    f"Training has diverged: no step was ever accepted, the first {self.patience} were all skipped, "
+                    "and yet the weights are finite. Going back would change nothing: look for a bug in the loss or "
+                    "in the data, such as a batch with NaN, the logarithm of zero or a division by zero."
+                )
+                return None
             return f"{self.patience} steps in a row were skipped"
         if self._rising:
             return f"the loss stayed far above its recent values for {self.patience} steps"
@@ -301,6 +366,8 @@ class Rollback(StabilityCallback):
             return
         if self._relapse and len(self._ring.steps) > 1:
             self._ring.drop_newest()
+        else:
+            self._drop_if_risen()
         training.reshard()
         step = self._ring.restore()
         if self._rollbacks_in_row >= self.max_rollbacks:
@@ -313,6 +380,8 @@ class Rollback(StabilityCallback):
         self._steps_since = [0] * len(training.steps)
         self._bad_in_row, self._steps_in_peace, self._relapse = {}, 0, True
         self._rising.clear()
+        for level in self._levels.values():
+            level.restart()
         training.state_was_replaced()
         action = f"restored the state of step {step}, learning rate times {self._scale_at_rollback:g}"
         self._announce(training, reason, action)
@@ -323,15 +392,46 @@ class Rollback(StabilityCallback):
     def _give_up(self, training: Training, reason: str, step: int) -> None:
         assert self._dirpath is not None
         path = self._dirpath / f"last-good-step={step}.ckpt"
+        self._catch_up()
+        rollbacks = self._rollbacks_in_row
+        training.forget_failures()
         try:
             write_checkpoint(training.trainer, path)
-            where = f"is in {path}; go on from it with Trainer.fit(ckpt_path=...) and a"
+            where = (
+                f"is in {path}; go on from it with Trainer.fit(ckpt_path=...), which counts failures anew but brings "
+                "the old learning rate back: LRSchedule(Scaled(WarmupConstant(warmup=0), 0.1)) makes it a tenth. Try a"
+            )
         except CheckpointError as error:
             where = f"could not be written to {path} ({error}). Start again from an older checkpoint with a"
         self._diverged = (
-            f"Training has diverged: {reason}, after {self._rollbacks_in_row} rollbacks in a row (max_rollbacks). "
+            f"Training has diverged: {reason}, after {rollbacks} rollbacks in a row (max_rollbacks). "
             f"The last good state, of step {step}, {where} lower learning rate, harder clipping or other data."
         )
+
+    def _refused(self) -> bool:
+        """Whether the state is none to go back to, by its loss; so is the last one then, which was on probation."""
+        if not self._has_risen():
+            self._refusals = 0
+            return False
+        self._refusals += 1
+        if self._refusals >= _MOST_REFUSALS:
+            self._refusals = 0
+            return False
+        if self._refusals == 1:
+            self._drop_if_risen()
+        return True
+
+    def _drop_if_risen(self) -> None:
+        """Drop the newest snapshot if the loss has risen since: what ruined it may have been there already."""
+        assert self._ring is not None
+        if len(self._ring.steps) > 1 and self._refusals <= 1 and self._has_risen():
+            self._ring.drop_newest()
+
+    def _has_risen(self) -> bool:
+        return any(level.has_risen() for level in self._levels.values())
+
+    def _level_of(self, optimizer: str) -> LossLevel:
+        return self._levels.setdefault(optimizer, LossLevel())
 
     def _scale(self, steps: int) -> float:
         """The factor of the learning rate, some steps after the last rollback."""
@@ -353,8 +453,9 @@ class Rollback(StabilityCallback):
             stateful=learnt,
             written={step.optimizer: step.written_entries for step in training.steps.values()},
         )
-        on_disk = CheckpointRing(trainer, ring, learnt, self._dirpath, self.keep)
+        on_disk = CheckpointRing(trainer, ring, learnt, self._dirpath, self.keep, training.run)
         if self.storage == "disk":
+            on_disk.check_directory()
             return on_disk
         needed, budget = ring.estimated_bytes(), self._budget(trainer)
         fitting = training.processes.least(min(self.keep, budget // max(needed, 1)))
@@ -368,6 +469,7 @@ class Rollback(StabilityCallback):
             ring.resize(fitting)
             return ring
         rank_zero_warn(f"Rollback writes its snapshots to {self._dirpath}: {too_much} (max_memory).")
+        on_disk.check_directory()
         return on_disk
 
     def _budget(self, trainer: pl.Trainer) -> int:
@@ -384,6 +486,8 @@ class Rollback(StabilityCallback):
         self._rollbacks = self._rollbacks_in_row = self._steps_in_peace = 0
         self._scale_at_rollback = 1.0
         self._steps_since = self._diverged = self._dirpath = None
-        self._found_by = 0
+        self._found_by = self._refusals = 0
+        self._accepted = False
+        self._levels, self._entries, self._adoptable = {}, [], []
         self._bad_in_row, self._rises, self._rising, self._evidence = {}, [], set(), {}
         self._snapshot_due = self._relapse = self._suspect_state = False

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from stability_callbacks._validation import check_bool, check_instance, check_integer, check_number
 from stability_callbacks.detection import Detector, NonFinite, StepEvidence, input_magnitude
-from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, StepRecord, Training
+from stability_callbacks.engine import (
+    STATE_VERSION,
+    OptimizerStep,
+    Phase,
+    StabilityCallback,
+    StepRecord,
+    Training,
+    load_in_place,
+)
 
 __all__ = ["StepGuard"]
 
@@ -117,6 +125,7 @@ class StepGuard(StabilityCallback):
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()
         return {
+            "version": STATE_VERSION,
             "skipped_steps": self._skipped_steps,
             "consecutive_skips": self._consecutive_skips,
             "recent": list(self._recent),
@@ -124,13 +133,10 @@ class StepGuard(StabilityCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._skipped_steps = state_dict["skipped_steps"]
-        self._consecutive_skips = state_dict["consecutive_skips"]
-        self._recent = deque(state_dict["recent"], maxlen=self.share_window)
-        self._detectors_of_optimizer = [deepcopy(self.detectors) for _ in state_dict["detectors"]]
-        for own, states in zip(self._detectors_of_optimizer, state_dict["detectors"], strict=True):
-            for detector, state in zip(own, states, strict=True):
-                detector.load_state_dict(state)
+        self._skipped_steps = state_dict.get("skipped_steps", 0)
+        self._consecutive_skips = state_dict.get("consecutive_skips", 0)
+        self._recent = deque(state_dict.get("recent", ()), maxlen=self.share_window)
+        load_in_place(self._detectors_of_optimizer, state_dict.get("detectors", ()), lambda: deepcopy(self.detectors))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -242,6 +248,10 @@ class StepGuard(StabilityCallback):
             return None
         reason, record = self._diverged
         return f"{reason}{_cause_of(record, self.training)}. {_WHAT_TO_DO}"
+
+    def forget_failures(self) -> None:
+        self._consecutive_skips = 0
+        self._recent.clear()
 
     def device_scalars(self) -> list[tuple[Sequence[str], Tensor]]:
         scale, self._loss_scale = self._loss_scale, None

@@ -12,8 +12,18 @@ Example:
 
 from stability_callbacks.detection._detector import Detector, StepEvidence
 from stability_callbacks.detection._input_range import InputRange, input_magnitude
+from stability_callbacks.detection._loss_level import LossLevel
 from stability_callbacks.detection._nonfinite import NonFinite
 from stability_callbacks.detection._spike import Spike
 from stability_callbacks.detection._sustained import SustainedRise
 
-__all__ = ["Detector", "InputRange", "NonFinite", "Spike", "StepEvidence", "SustainedRise", "input_magnitude"]
+__all__ = [
+    "Detector",
+    "InputRange",
+    "LossLevel",
+    "NonFinite",
+    "Spike",
+    "StepEvidence",
+    "SustainedRise",
+    "input_magnitude",
+]

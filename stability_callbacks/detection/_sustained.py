@@ -62,7 +62,20 @@ class SustainedRise(Detector):
         )
 
     def __call__(self, evidence: StepEvidence) -> Tensor:
-        return self._next_row(evidence, self.stands_out(evidence)) >= self.patience
+        return self.judge(evidence)[0]
+
+    def judge(self, evidence: StepEvidence) -> tuple[Tensor, Tensor]:
+        """Judge a step once, both ways.
+
+        Args:
+            evidence: What is known of the step.
+
+        Returns:
+            Whether the loss has stood out for long enough, and whether that of this step does: 0-dim booleans on the
+            gradients' device.
+        """
+        stands_out = self.stands_out(evidence)
+        return self._next_row(evidence, stands_out) >= self.patience, stands_out
 
     def stands_out(self, evidence: StepEvidence) -> Tensor:
         """Whether the loss of a step stands out by itself.
@@ -89,8 +102,9 @@ class SustainedRise(Detector):
         return {"spike": self._spike.state_dict(), "row": None if self._row is None else self._row.clone()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._spike.load_state_dict(state_dict["spike"])
-        self._row = None if state_dict["row"] is None else state_dict["row"].clone()
+        self._spike.load_state_dict(state_dict.get("spike", {}))
+        row = state_dict.get("row")
+        self._row = None if row is None else row.clone()
         self._stands_out = None
 
     def _next_row(self, evidence: StepEvidence, stands_out: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import math
 import platform
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, count
@@ -81,6 +81,7 @@ def write_bundle(
     rng: RandomState | None = None,
     cause: Cause | None = None,
     meta: Mapping[str, Any] | None = None,
+    run: str | None = None,
 ) -> Path:
     """Write all that is known of an incident to a directory of its own, named ``step=<n>-<kind>``.
 
@@ -102,6 +103,7 @@ def write_bundle(
         cause: What was found to be the cause.
         meta: What else is known, such as ``model``, ``hyper_parameters``, ``precision``, ``accumulate``. Values that
             JSON does not have are left out, and listed; tuples become lists.
+        run: Whose it is; see ``make_room``. Default: nobody's.
 
     Returns:
         The new directory.
@@ -117,7 +119,22 @@ def write_bundle(
         ...     path.name, read_bundle(path).batches
         ('step=7-nonfinite', [tensor([1., 1.])])
     """
-    target = _free_path(Path(directory), incident)
+    with _reserved_path(Path(directory), incident) as target:
+        _write(target, incident, history, batches, weights, rng, cause, meta, run)
+    return target
+
+
+def _write(
+    target: Path,
+    incident: Incident,
+    history: Sequence[StepRow],
+    batches: Sequence[Any] | None,
+    weights: Mapping[str, Any] | None,
+    rng: RandomState | None,
+    cause: Cause | None,
+    meta: Mapping[str, Any] | None,
+    run: str | None,
+) -> None:
     left_out: list[str] = []
     tensors = {_BATCH: batches, _WEIGHTS: weights, _RANDOM_STATE: None if rng is None else rng._asdict()}
     with atomic_path(target) as temporary:
@@ -137,8 +154,8 @@ def write_bundle(
         known = _plain(meta or {}, "meta", left_out)
         _write_json(temporary / _META, {**known, "versions": _versions(), "left_out": left_out})
         files = {each.name: [each.stat().st_size, _checksum(each)] for each in sorted(temporary.iterdir())}
-        _write_json(temporary / _MANIFEST, {"format": _FORMAT, "written": time_ns(), "files": files})
-    return target
+        owner = {} if run is None else {"run": run}
+        _write_json(temporary / _MANIFEST, {"format": _FORMAT, "written": time_ns(), **owner, "files": files})
 
 
 def read_bundle(path: str | PathLike[str], *, tensors: bool = True, allow_classes: bool = False) -> Bundle:
@@ -204,10 +221,12 @@ class Manifest(NamedTuple):
     Attributes:
         written: When it was written, in nanoseconds since 1970.
         files: What is known of each other file, by its name.
+        run: The run that wrote it; None if that is not known.
     """
 
     written: int
     files: dict[str, FileRecord]
+    run: str | None = None
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -237,7 +256,8 @@ def read_manifest(directory: Path) -> Manifest:
             raise _unreadable(file, "it is missing")
         if file.stat().st_size != files[name].size:
             raise _unreadable(file, f"it has {file.stat().st_size} bytes instead of {files[name].size}")
-    return Manifest(written, files)
+    run = content.get("run")
+    return Manifest(written, files, run if isinstance(run, str) else None)
 
 
 def _unreadable(path: Path, reason: str) -> BundleError:
@@ -247,11 +267,24 @@ def _unreadable(path: Path, reason: str) -> BundleError:
     )
 
 
-def _free_path(directory: Path, incident: Incident) -> Path:
+@contextmanager
+def _reserved_path(directory: Path, incident: Incident) -> Iterator[Path]:
+    """A free name, held by an empty directory so that no other process takes it; a bundle will replace that."""
     kind = re.sub(r"[^\w.-]", "_", incident.kind)  # of a user's own detector
     name = f"step={incident.step}-{kind}" + (f"-rank{incident.rank}" if incident.rank else "")
-    names = chain([name], (f"{name}-{number}" for number in count(2)))
-    return next(directory / name for name in names if not (directory / name).exists())
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in (directory / each for each in chain([name], (f"{name}-{number}" for number in count(2)))):
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        break
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):
+            path.rmdir()
+        raise
 
 
 def _checksum(path: Path) -> int:

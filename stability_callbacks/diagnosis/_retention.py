@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
@@ -31,7 +31,14 @@ def bundles(directory: str | PathLike[str]) -> list[Path]:
     return [each.path for each in _stored(Path(directory)) if each.complete]
 
 
-def make_room(directory: str | PathLike[str], needed: int, *, max_bundles: int = 16, max_bytes: int = 4 << 30) -> bool:
+def make_room(
+    directory: str | PathLike[str],
+    needed: int,
+    *,
+    max_bundles: int = 16,
+    max_bytes: int = 4 << 30,
+    runs: Collection[str] | None = None,
+) -> bool:
     """Remove bundles so that one more fits, if it can: the first ones of a run and the newest stay.
 
     What went wrong first is most often the cause of the rest, and what went wrong last is what one looks for. So the
@@ -44,6 +51,8 @@ def make_room(directory: str | PathLike[str], needed: int, *, max_bundles: int =
         needed: Bytes of the next one, about.
         max_bundles: How many there may be, with the next one, >= 1. Default 16.
         max_bytes: How many bytes they may take, with the next one, >= 1. Default 4 GiB.
+        runs: The names of the run and of those that it goes on from. Where several runs share the directory, bundles
+            of others neither count nor are removed. Default None: all are the run's.
 
     Returns:
         Whether the next one fits.
@@ -60,7 +69,7 @@ def make_room(directory: str | PathLike[str], needed: int, *, max_bundles: int =
     check_integer("max_bundles", max_bundles, at_least=1)
     check_integer("max_bytes", max_bytes, at_least=1)
     remove_leftovers(directory)
-    stored = _stored(Path(directory))
+    stored = [each for each in _stored(Path(directory)) if runs is None or each.run is None or each.run in runs]
     kept = _first_half([each for each in stored if each.complete], max_bundles, max_bytes)
     replaceable = [each for each in stored if each not in kept]
     number, size = len(stored), sum(each.size for each in stored)
@@ -91,6 +100,7 @@ class _Stored(NamedTuple):
     written: int
     size: int
     complete: bool
+    run: str | None
 
 
 def _stored(directory: Path) -> list[_Stored]:
@@ -99,10 +109,10 @@ def _stored(directory: Path) -> list[_Stored]:
     for manifest in directory.glob("step=*/manifest.json"):
         path = manifest.parent
         try:
-            written, complete = read_manifest(path).written, True
+            manifest_of = read_manifest(path)
+            found.append(_Stored(path, manifest_of.written, tree_bytes(path), True, manifest_of.run))
         except BundleError:
-            written, complete = 0, False
-        found.append(_Stored(path, written, tree_bytes(path), complete))
+            found.append(_Stored(path, 0, tree_bytes(path), False, None))
     return sorted(found, key=lambda each: (each.written, each.path))
 
 

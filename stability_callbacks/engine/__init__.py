@@ -1,6 +1,7 @@
 """What drives the callbacks: Lightning's hooks, the life of a step, records, metrics, checkpoints, processes."""
 
 from stability_callbacks.engine._callback import StabilityCallback
+from stability_callbacks.engine._callback_state import STATE_VERSION, load_in_place
 from stability_callbacks.engine._checkpoint_ring import CheckpointError, CheckpointRing, write_checkpoint
 from stability_callbacks.engine._hooks import Participants, Phase, StepHooks
 from stability_callbacks.engine._learning_rates import LearningRates
@@ -18,6 +19,7 @@ from stability_callbacks.engine._verdict import Verdict
 from stability_callbacks.engine._window import AccumulationWindow
 
 __all__ = [
+    "STATE_VERSION",
     "AccumulationWindow",
     "CheckpointError",
     "CheckpointRing",
@@ -40,6 +42,7 @@ __all__ = [
     "averaging_callbacks",
     "detached_from_trainer",
     "find_nonfinite",
+    "load_in_place",
     "loss_of",
     "loss_scaler",
     "optimizer_labels",

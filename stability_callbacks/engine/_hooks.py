@@ -188,6 +188,9 @@ class StepHooks:
         """What was learned from gradients and losses, and must go back when training goes back to a snapshot."""
         return ()
 
+    def forget_failures(self) -> None:
+        """Begin to count failures anew: the state that is about to be saved is the last good one, to go on from."""
+
     def finish_training(self, training: Training) -> None:
         """Training has ended, or an exception ended it: do what was put off."""
 

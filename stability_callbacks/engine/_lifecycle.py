@@ -105,6 +105,7 @@ class StepLifecycle:
             report=self._report,
             multipliers=self._multipliers,
             statistics=self._statistics,
+            forget_failures=self._forget_failures,
         )
         warn_of_doubles(self._participants.all)
         warn_of_anomaly_detection(self.trainer)
@@ -349,6 +350,10 @@ class StepLifecycle:
 
     def _statistics(self) -> list[Stateful]:
         return [item for callback in self._participants["statistics"] for item in callback.statistics()]
+
+    def _forget_failures(self) -> None:
+        for callback in self._participants["forget_failures"]:
+            callback.forget_failures()
 
     def _finish(self) -> None:
         if self._training is not None and not self.released:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -51,11 +52,13 @@ class Training:
         report: Tells every callback of an incident.
         multipliers: The factors that callbacks want for the learning rates in an optimizer's next step.
         statistics: Gives what callbacks have learned, and must go back with a snapshot.
+        forget_failures: Lets callbacks count failures anew, before the last good state is saved.
 
     Attributes:
         trainer: The trainer.
         module: The model.
         processes: The processes that train together.
+        run: Names this fit in the files that it writes, the same on every process.
         steps: The current step of each optimizer.
         window: The micro-batches of the current step.
         batch_idx: The index of the current batch.
@@ -71,10 +74,13 @@ class Training:
         report: Callable[[Incident], None],
         multipliers: Callable[[OptimizerStep], list[Sequence[float]]],
         statistics: Callable[[], list[Stateful]],
+        forget_failures: Callable[[], None] = lambda: None,
     ) -> None:
         self.trainer = trainer
         self.module = module
         self.processes = Processes(trainer)
+        # Not from `random`, whose state belongs to the user's run.
+        self.run: str = self.processes.gather(secrets.token_hex(4))[0]
         self.steps: dict[Optimizer, OptimizerStep] = {}
         self.window = AccumulationWindow(
             module,
@@ -88,6 +94,7 @@ class Training:
         self.errors: dict[int, StepError] = {}
         self.causes: dict[tuple[str | None, int], str] = {}
         self.statistics = statistics
+        self.forget_failures = forget_failures
         self._multipliers = multipliers
 
     # ---- where it stands
