@@ -11,12 +11,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from stability_callbacks._validation import check_instance
 from stability_callbacks.clipping import ClipResult, ClipRule
 from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, StepClock, StepRecord, Training
+from stability_callbacks.engine._lightning import MisconfigurationException
 
 __all__ = ["GradientClipping"]
 
