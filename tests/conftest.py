@@ -21,7 +21,7 @@ settings.load_profile("no_deadline")
 @pytest.fixture(autouse=True, scope="session")
 def quiet_lightning() -> None:
     """Show warnings only; Lightning sets its loggers to INFO when it is imported, which is before this."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -50,6 +50,9 @@ from tests.models import (
     training_state,
 )
 
+# Two of a kind are used on purpose here.
+pytestmark = pytest.mark.filterwarnings("ignore:There are 2 (guards|clippings) among the trainer's callbacks")
+
 NAN, INF = float("nan"), float("inf")
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

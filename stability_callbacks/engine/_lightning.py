@@ -117,8 +117,8 @@ def check_private_names(trainer: pl.Trainer) -> None:
 
 
 def _version_of(trainer: pl.Trainer) -> str:
-    """The version of the package that a trainer is from, whichever class is derived from it."""
-    package = next(each.__module__ for each in type(trainer).__mro__ if each.__name__ == "Trainer").partition(".")[0]
+    """The version of the package that a trainer is from."""
+    package = next(kind.__module__.partition(".")[0] for kind in both(pl.Trainer) if isinstance(trainer, kind))
     return str(import_module(package).__version__)
 
 
