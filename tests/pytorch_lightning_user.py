@@ -1,4 +1,4 @@
-"""A pytest plugin that runs any test as a user of ``pytorch_lightning``: ``python -m pytest -p tests.pytorch_lightning_user``.
+"""A pytest plugin that runs any test as a user of ``pytorch_lightning``: ``-p tests.pytorch_lightning_user``.
 
 The tests' imports of ``lightning.pytorch`` then give the twin package; the imports of this package stay as they are.
 """

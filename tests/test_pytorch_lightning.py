@@ -1,4 +1,4 @@
-"""Lightning's other package: the laws, and what else asks for Lightning's classes, for a user of ``pytorch_lightning``."""
+"""The laws, and what else asks for Lightning's classes, for a user of ``pytorch_lightning``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Public products that train by Lightning, with a poisoned input, plain and with the suite: ``-m benchmarks.clients``."""
+"""Public products that train by Lightning, on a poisoned input: ``python -m benchmarks.clients``."""
 
 import torch
 

@@ -58,9 +58,7 @@ def main() -> None:
     names = parser.parse_args().only
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    print(
-        "| product | model, on | poison | metric | clean | poisoned, plain | with the suite | on record | its cause |"
-    )
+    print("| product | model, on | poison | metric | clean | poisoned | with the suite | on record | its cause |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in names:
         print(row(name), flush=True)

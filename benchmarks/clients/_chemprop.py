@@ -23,7 +23,8 @@ def train(poisoned: bool, callbacks: list[Any]) -> float:
     trainer = pl.Trainer(**QUIET, max_epochs=20, logger=False, enable_checkpointing=False, callbacks=callbacks)
     trainer.fit(model, _loader(points, shuffle=True))
     clean = _molecules()
-    predicted = torch.cat(trainer.predict(model, _loader(clean, shuffle=False)))
+    predictions: Any = trainer.predict(model, _loader(clean, shuffle=False))
+    predicted = torch.cat(predictions)
     targets = torch.tensor(np.stack([point.y for point in clean]))
     return float((predicted - targets).abs().mean())
 
@@ -35,9 +36,8 @@ def _molecules() -> list[Any]:
         for place in range(1, 9):
             descriptor = np.array([place / 8])
             smiles = "C" * length + "O" + "C" * place
-            points.append(
-                data.MoleculeDatapoint.from_smi(smiles, y=np.array([length / 8]) + descriptor, x_d=descriptor)
-            )
+            target = descriptor + length / 8
+            points.append(data.MoleculeDatapoint.from_smi(smiles, y=target, x_d=descriptor))
     return points
 
 

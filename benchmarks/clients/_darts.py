@@ -16,7 +16,7 @@ def train(poisoned: bool, callbacks: list[Any]) -> float:
     clean = waves()
     values = clean[:, :-4].copy()
     if poisoned:
-        values[2, 50] = np.nan
+        values[2, 0] = np.nan  # in one window, so that one batch in an epoch is bad
     model = TCNModel(
         input_chunk_length=24,
         output_chunk_length=4,
@@ -31,4 +31,6 @@ def train(poisoned: bool, callbacks: list[Any]) -> float:
     return float(np.abs(forecasts - clean[:, -4:]).mean())
 
 
-CLIENT = Client("TCNModel", "pytorch_lightning", "a NaN in one of 8 series", "mean absolute error", "cnn", train)
+CLIENT = Client(
+    "TCNModel", "pytorch_lightning", "a NaN in one of 8 series", "mean absolute error", "cnn", train
+)

@@ -40,7 +40,7 @@ def _frame(values: Any, poisoned: bool) -> Any:
     count, length = values.shape
     covariate = np.tile(np.cos(2 * np.pi * np.arange(LENGTH)[:length] / 12), (count, 1)).astype(np.float32)
     if poisoned:
-        covariate[2, 50] = np.inf  # a NaN is refused when the data set is built
+        covariate[2, 0] = np.inf  # a NaN is refused when the data set is built
     return pd.DataFrame(
         {
             "unique_id": np.repeat(np.arange(count), length),
