@@ -11,13 +11,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from stability_callbacks._validation import check_instance
 from stability_callbacks.activations import named_modules
 from stability_callbacks.engine import STATE_VERSION, OptimizerStep, Phase, StabilityCallback, StepClock, Training
-from stability_callbacks.engine._lightning import should_accumulate
+from stability_callbacks.engine._lightning import MisconfigurationException, should_accumulate
 from stability_callbacks.faults import (
     Fault,
     GradientMarks,

@@ -11,7 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from stability_callbacks._validation import check_instance
@@ -26,6 +25,7 @@ from stability_callbacks.engine import (
     Training,
     load_in_place,
 )
+from stability_callbacks.engine._lightning import MisconfigurationException
 
 __all__ = ["GradientClipping"]
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from torch import Tensor
@@ -21,6 +20,8 @@ from stability_callbacks._validation import check_bool, check_instance
 from stability_callbacks.diagnosis import Failure, can_run_in_fork, run_in_fork, run_on_copy
 from stability_callbacks.engine import loss_of
 from stability_callbacks.engine._lightning import (
+    Callback,
+    MisconfigurationException,
     both,
     callbacks_of,
     drawn_batch,

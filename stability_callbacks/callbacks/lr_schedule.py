@@ -8,11 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from stability_callbacks._patterns import check_patterns, first_matches
 from stability_callbacks.engine import STATE_VERSION, OptimizerStep, Phase, StabilityCallback, StepClock, Training
+from stability_callbacks.engine._lightning import MisconfigurationException
 from stability_callbacks.schedules import Schedule
 
 __all__ = ["LRSchedule"]

@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import psutil
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich import filesize
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from stability_callbacks.engine import (
     loss_scaler,
     write_checkpoint,
 )
+from stability_callbacks.engine._lightning import MisconfigurationException
 from stability_callbacks.snapshots import SnapshotRing
 
 __all__ = ["Rollback"]

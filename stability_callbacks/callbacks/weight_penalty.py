@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from stability_callbacks._validation import check_bool, check_number, check_pattern
 from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, Training
+from stability_callbacks.engine._lightning import MisconfigurationException
 from stability_callbacks.gradient_pass import combine_norms, tensor_norms
 from stability_callbacks.penalties import add_penalty_gradients_, shrink_, zero_fraction
 

@@ -36,7 +36,7 @@ _MANIFEST = "manifest.json"
 _INCIDENT, _CAUSE, _META = "incident.json", "cause.json", "meta.json"
 _HISTORY, _PICTURE = "history.csv", "history.png"
 _BATCH, _WEIGHTS, _RANDOM_STATE = "batch.pt", "weights.pt", "random_state.pt"
-_PACKAGES = ("stability-callbacks", "torch", "numpy", "lightning")
+_PACKAGES = ("stability-callbacks", "torch", "numpy", "lightning", "pytorch-lightning")
 _FLOAT = "__float__"  # JSON has no numbers that are not finite
 _LEFT_OUT = object()
 

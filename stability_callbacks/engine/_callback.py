@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from stability_callbacks.engine._hooks import StepHooks
 from stability_callbacks.engine._lifecycle import StepLifecycle
-from stability_callbacks.engine._lightning import callbacks_of
+from stability_callbacks.engine._lightning import Callback, callbacks_of
 from stability_callbacks.engine._training import Training
 
 __all__ = ["StabilityCallback"]

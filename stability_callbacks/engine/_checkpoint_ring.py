@@ -15,14 +15,19 @@ from typing import Any, NamedTuple, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from stability_callbacks._atomic import atomic_path, remove_atomically
-from stability_callbacks.engine._lightning import both, dump_checkpoint, unwrapped, without_optimizers
+from stability_callbacks.engine._lightning import (
+    MisconfigurationException,
+    both,
+    dump_checkpoint,
+    unwrapped,
+    without_optimizers,
+)
 from stability_callbacks.engine._training_state import averaging_callbacks
 from stability_callbacks.errors import TrainingDivergedError
 from stability_callbacks.snapshots import BufferBackup, SnapshotRing

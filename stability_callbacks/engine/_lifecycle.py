@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import LBFGS, Optimizer
@@ -19,6 +18,7 @@ from stability_callbacks.diagnosis import Incident
 from stability_callbacks.engine._checkpoint_gate import CheckpointGate
 from stability_callbacks.engine._hooks import Participants, StepHooks
 from stability_callbacks.engine._lightning import (
+    MisconfigurationException,
     batch_is_processed,
     both,
     callbacks_of,

@@ -1,5 +1,8 @@
 """All that this package uses of Lightning's private API, and Lightning's two packages as one.
 
+``lightning.pytorch`` and ``pytorch_lightning`` are two copies of one code, whose classes know nothing of each other.
+Our callbacks and errors are of both kinds, and what a user's objects are is asked with :func:`both`.
+
 Read in Lightning 2.6.6. A name that a later version no longer has is reported at train start, see
 :func:`check_private_names`.
 """
@@ -8,23 +11,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import lightning
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.fabric.utilities import exceptions
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
 __all__ = [
+    "Callback",
+    "MisconfigurationException",
     "attached_trainer",
     "batch_is_processed",
     "batches_that_stepped",
@@ -49,8 +51,11 @@ T = TypeVar("T")
 
 _READ_IN = "2.6.6"
 
-# The package `lightning` holds two that are also distributed by themselves.
+# The package `lightning` holds two that are also distributed by themselves. It requires them, and it may still be that
+# they are not there, or can't be imported beside it.
 _TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
+with suppress(ImportError):
+    import_module("pytorch_lightning")
 
 _NAMES_OF_TRAINER = (
     "_checkpoint_connector.dump_checkpoint",
@@ -62,7 +67,7 @@ _NAMES_OF_TRAINER = (
 
 
 def both(kind: type[T]) -> tuple[type[T], ...]:
-    """A class of ``lightning``, and its twin in ``pytorch_lightning`` where that package is in use: for ``isinstance``.
+    """A class of ``lightning``, and its twin in ``pytorch_lightning`` if it has one: for ``isinstance``, and as bases.
 
     Args:
         kind: A class of ``lightning.pytorch`` or ``lightning.fabric``.
@@ -70,12 +75,28 @@ def both(kind: type[T]) -> tuple[type[T], ...]:
     Example:
         >>> isinstance(pl.LightningModule(), both(pl.LightningModule))
         True
+        >>> [each.__module__ for each in both(pl.LightningModule)]
+        ['lightning.pytorch.core.module', 'pytorch_lightning.core.module']
     """
     for ours, theirs in _TWINS.items():
-        if kind.__module__.startswith(ours) and theirs in sys.modules:
-            twin = getattr(import_module(kind.__module__.replace(ours, theirs, 1)), kind.__name__)
-            return kind, twin
+        if kind.__module__.startswith(f"{ours}."):
+            # A twin whose module was never imported has no objects; one of another version may have no such class.
+            module = sys.modules.get(kind.__module__.replace(ours, theirs, 1))
+            twin = getattr(module, kind.__name__, None)
+            return (kind,) if twin is None else (kind, twin)
     return (kind,)
+
+
+if TYPE_CHECKING:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.callbacks import Callback
+else:
+
+    class Callback(*both(pl.Callback)):
+        """A callback of both packages: either's ``Trainer(callbacks=...)`` and ``LightningCLI`` take a lone one."""
+
+    class MisconfigurationException(*both(exceptions.MisconfigurationException)):
+        """An error that those who catch either package's ``MisconfigurationException`` catch."""
 
 
 def check_private_names(trainer: pl.Trainer) -> None:
@@ -89,10 +110,16 @@ def check_private_names(trainer: pl.Trainer) -> None:
             attrgetter(name)(trainer)
         except AttributeError as error:
             raise MisconfigurationException(
-                f"Lightning {lightning.__version__} has no `Trainer.{name}` any more, which the stability callbacks "
+                f"Lightning {_version_of(trainer)} has no `Trainer.{name}` any more, which the stability callbacks "
                 f"rely on ({error}). They were written for Lightning {_READ_IN}: install that version, or a newer "
                 "version of stability-callbacks."
             ) from error
+
+
+def _version_of(trainer: pl.Trainer) -> str:
+    """The version of the package that a trainer is from."""
+    package = next(kind.__module__.partition(".")[0] for kind in both(pl.Trainer) if isinstance(trainer, kind))
+    return str(import_module(package).__version__)
 
 
 # ---- where training stands
@@ -136,7 +163,7 @@ def drawn_batch(trainer: pl.Trainer) -> Any:
     """The first training batch, from iterators of its own."""
     loaders = trainer.fit_loop._combined_loader
     assert loaders is not None
-    batch, _, _ = next(iter(CombinedLoader(loaders.iterables, loaders._mode)))
+    batch, _, _ = next(iter(type(loaders)(loaders.iterables, loaders._mode)))
     return batch
 
 

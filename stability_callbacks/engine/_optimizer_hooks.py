@@ -9,11 +9,12 @@ from types import MethodType
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
+
+from stability_callbacks.engine._lightning import MisconfigurationException
 
 __all__ = ["OptimizerHooks", "obeys_found_inf", "several_closures"]
 

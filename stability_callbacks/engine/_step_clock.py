@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from stability_callbacks.engine._lightning import both, callbacks_of
+from stability_callbacks.engine._lightning import MisconfigurationException, both, callbacks_of
 from stability_callbacks.engine._training import Training
 from stability_callbacks.schedules import Schedule
 

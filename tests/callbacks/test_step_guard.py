@@ -119,6 +119,7 @@ def test_each_detector_has_a_vote(caplog: pytest.LogCaptureFixture) -> None:
     assert ", nonfinite: loss nan" in second  # NaN is not larger than anything
 
 
+@pytest.mark.filterwarnings("ignore:There are 2 guards")
 def test_two_guards_in_one_trainer(tmp_path: Any) -> None:
     strict, lenient = StepGuard([Large(0.0)]), StepGuard()
     net = NormNet()

@@ -314,6 +314,7 @@ class SavesOnException(pl.Callback):
         trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.filterwarnings("ignore:There are 2 guards")
 def test_training_may_go_on_with_the_same_trainer_after_an_exception() -> None:
     """What the first fit left behind (a stale verdict, a half-finished window) is no part of the second."""
     batches = make_batches(6)
