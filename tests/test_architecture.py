@@ -29,7 +29,7 @@ from tests.architecture import (
 )
 
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
-OPTIONAL = {"matplotlib"}  # the extra `plot`
+OPTIONAL = {"matplotlib", "pytorch-lightning"}  # the extra `plot`; the other package of Lightning, if it is there
 USERS = {"recipes", "configs", "benchmarks", "tests"}
 
 SOURCES = read_sources()

@@ -61,7 +61,7 @@ def numeric_fault(error: BaseException, nearby: bool = True) -> str | None:
         >>> numeric_fault(ValueError("too many values to unpack")) is None
         True
     """
-    if not isinstance(error, _KINDS) or isinstance(error, _NEVER):
+    if not (isinstance(error, _KINDS) or type(error) is Exception) or isinstance(error, _NEVER):
         return None
     text = str(error).partition("\n")[0]
     said = f"{type(error).__name__}: {text}"

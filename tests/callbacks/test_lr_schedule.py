@@ -177,7 +177,7 @@ def test_steps_that_a_loss_scaler_skips_count_too(guarded: bool) -> None:
     taken = len(trainer.optimizers[0].seen)  # type: ignore[attr-defined]
     assert 0 < taken < 8
     assert rates(trainer) == [0.1 * multiple for multiple in multiples(schedule, 8, 8)[-taken:]]
-    assert callbacks[0].state_dict() == {"attempted_steps": [8]}
+    assert callbacks[0].state_dict()["attempted_steps"] == [8]
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -220,7 +220,7 @@ def test_each_optimizer_has_a_clock_of_its_own() -> None:
     one, two = ([seen[0] for seen in optimizer.seen] for optimizer in trainer.optimizers)
     assert one == [0.1 * multiple for multiple in multiples(schedule, 8, 8)]
     assert two == [0.4 * multiple for multiple in multiples(schedule, 4, 8)]
-    assert callback.state_dict() == {"attempted_steps": [8, 4]}
+    assert callback.state_dict()["attempted_steps"] == [8, 4]
     assert list(logger.values("lr/SpySGD").values()) == one
     assert list(logger.values("lr/SpySGD-1").values()) == two
 
@@ -430,7 +430,7 @@ def test_a_second_fit_of_the_same_trainer_goes_on_and_one_of_another_starts_anew
     trainer = fit(TwoRates(every=3), make_batches(3), [callback])
     trainer.fit_loop.max_epochs = 2
     trainer.fit(TwoRates(every=3), DataLoader(make_batches(3), batch_size=None))
-    assert callback.state_dict() == {"attempted_steps": [6, 2]}
+    assert callback.state_dict()["attempted_steps"] == [6, 2]
 
 
 # ---- one for each optimizer or parameter group
@@ -652,7 +652,7 @@ def test_what_a_fit_left_unlogged_is_not_logged_by_the_next() -> None:
 def test_the_state_is_the_number_of_steps_attempted() -> None:
     callback = LRSchedule(WarmupCosine())
     trainer = fit(Net(), make_batches(5), [callback])
-    assert callback.state_dict() == {"attempted_steps": [5]}
+    assert callback.state_dict()["attempted_steps"] == [5]
     assert training_state(trainer.lightning_module, trainer)["optimizers"][0]["param_groups"][0]["lr"] == 0.1
 
 

@@ -98,3 +98,11 @@ def test_the_users_line_is_named() -> None:
     line = raising_line(caught.value)
     assert line is not None
     assert (line.function, str(line).endswith('`raise ValueError("the encoder collapsed")`')) == ("own_check", True)
+
+
+def test_a_bare_exception_counts_where_a_number_nearby_is_bad() -> None:
+    def stop(loss: Tensor) -> None:
+        raise Exception("Loss is NaN, training stopped.")  # as neuralforecast does
+
+    assert told(lambda: stop(NAN))
+    assert told(lambda: stop(torch.ones(1))) is None

@@ -151,7 +151,7 @@ def test_everything_else_goes_on_with_another_optimizer(tmp_path: Path) -> None:
     batches[6] = poison(batches[6])
     _, trainer = train(batches, [Changes(other_class, AT), *callbacks])
     assert type(trainer.optimizers[0]) is torch.optim.AdamW
-    assert callbacks[2].state_dict() == {"attempted_steps": [8]}
+    assert callbacks[2].state_dict()["attempted_steps"] == [8]
     assert (tmp_path / "incidents.jsonl").read_text().count('"AdamW"') == 1
 
 

@@ -154,7 +154,7 @@ def test_an_optimizer_that_steps_twice_inside_is_one_step() -> None:
     schedule = LRSchedule(WarmupConstant(warmup=10))
     model = NormNet(lambda p: StepsTwice(p, lr=0.1))
     fit(model, make_batches(4), [schedule, StepGuard()])
-    assert schedule.state_dict() == {"attempted_steps": [4]}
+    assert schedule.state_dict()["attempted_steps"] == [4]
 
 
 class SharpnessAware(torch.optim.SGD):
@@ -244,7 +244,7 @@ def test_training_goes_on_after_a_step_that_raised(when: str, retry: bool) -> No
     caught, schedule, guard = train({1: when, 3: when}, batches)
     expected, _, _ = train({}, batches if retry else [batches[0], batches[2], batches[4]])
     assert_same_bits(caught, expected)
-    assert schedule.state_dict() == {"attempted_steps": [5 if retry else 3]}
+    assert schedule.state_dict()["attempted_steps"] == [5 if retry else 3]
     assert len(guard.state_dict()["recent"]) == (5 if retry else 3)
 
 
@@ -299,7 +299,7 @@ def test_an_exception_leaves_no_trace(where: str, error: BaseException, last: bo
     checkpoint = torch.load(saver.path, weights_only=True)
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == optimizer.param_groups[0]["lr"]
     [schedule] = [state for key, state in checkpoint["callbacks"].items() if key.startswith("LRSchedule")]
-    assert schedule == {"attempted_steps": [2]}
+    assert schedule["attempted_steps"] == [2]
 
 
 class DeviceError(RuntimeError):
@@ -463,7 +463,7 @@ def test_no_step_is_lost_where_an_optimizer_steps_twice_in_a_batch(plugins: list
     guard, schedule = StepGuard(), LRSchedule(WarmupConstant(warmup=4))
     fit(StepsTwiceABatch(), batches, [guard, schedule], plugins=[make() for make in plugins])
     assert guard.skipped_steps == 3
-    assert schedule.state_dict() == {"attempted_steps": [8, 4]}
+    assert schedule.state_dict()["attempted_steps"] == [8, 4]
     assert guard.state_dict()["recent"] == [*[False] * 3, *[True] * 3, *[False] * 6]
 
 
