@@ -51,7 +51,8 @@ def callbacks(directory: Path, prefix: str = "") -> list[StabilityCallback]:
         StepGuard: {},
         WeightPenalty: {"l2": 0.01},
     }
-    return [type(f"{prefix}{cls.__name__}", (cls,), {})(**arguments[cls]) for cls in CLASSES]
+    kinds = [type(f"{prefix}{cls.__name__}", (cls,), {}) if prefix else cls for cls in CLASSES]
+    return [kind(**arguments[cls]) for kind, cls in zip(kinds, CLASSES, strict=True)]
 
 
 def train(directory: Path, prefix: str) -> tuple[Any, list[Any]]:
