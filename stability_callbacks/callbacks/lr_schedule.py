@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from stability_callbacks._patterns import check_patterns, first_matches
-from stability_callbacks.engine import STATE_VERSION, OptimizerStep, Phase, StabilityCallback, StepClock, Training
+from stability_callbacks.engine import OptimizerStep, Phase, StabilityCallback, StepClock, Training
 from stability_callbacks.engine._lightning import MisconfigurationException
 from stability_callbacks.schedules import Schedule
 
@@ -86,7 +86,7 @@ class LRSchedule(StabilityCallback):
 
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()
-        return {"version": STATE_VERSION, "attempted_steps": list(self._clock.attempted)}
+        return {"attempted_steps": list(self._clock.attempted)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._clock.attempted = list(state_dict.get("attempted_steps", ()))

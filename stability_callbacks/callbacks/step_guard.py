@@ -17,7 +17,6 @@ from torch import Tensor
 from stability_callbacks._validation import check_bool, check_instance, check_integer, check_number
 from stability_callbacks.detection import Detector, NonFinite, StepEvidence, input_magnitude
 from stability_callbacks.engine import (
-    STATE_VERSION,
     OptimizerStep,
     Phase,
     StabilityCallback,
@@ -125,7 +124,6 @@ class StepGuard(StabilityCallback):
     def state_dict(self) -> dict[str, Any]:
         self._catch_up()
         return {
-            "version": STATE_VERSION,
             "skipped_steps": self._skipped_steps,
             "consecutive_skips": self._consecutive_skips,
             "recent": list(self._recent),

@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["STATE_VERSION", "load_in_place"]
 
 STATE_VERSION = 2
-"""Of the states that callbacks write; 1 had no number. What a state lacks is as in a new object, and what a callback
+"""Of states that hold a number; the first ones had none, and those of `StepGuard` and `LRSchedule` still have none. What a state lacks is as in a new object, and what a callback
 does not know is left alone, so that older and later states can be read."""
 
 

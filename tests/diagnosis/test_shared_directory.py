@@ -8,6 +8,8 @@ from pathlib import Path
 
 from stability_callbacks.diagnosis import make_room, read_bundle
 
+ROOT = Path(__file__).parents[2]
+
 WRITER = """
 import sys
 from stability_callbacks.diagnosis import Incident, make_room, write_bundle
@@ -23,7 +25,11 @@ for step in range(30):
 def test_no_bundle_is_lost_and_each_run_makes_room_among_its_own(tmp_path: Path) -> None:
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", WRITER, str(tmp_path), run],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
         )
         for run in ("a", "b")
     ]
