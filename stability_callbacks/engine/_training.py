@@ -80,7 +80,7 @@ class Training:
         self.module = module
         self.processes = Processes(trainer)
         # Not from `random`, whose state belongs to the user's run.
-        self.run: str = self.processes.gather(secrets.token_hex(4))[0]
+        self.run: str = trainer.strategy.broadcast(secrets.token_hex(4))
         self.steps: dict[Optimizer, OptimizerStep] = {}
         self.window = AccumulationWindow(
             module,
