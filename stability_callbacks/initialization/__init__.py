@@ -11,29 +11,31 @@ Example:
 
 from stability_callbacks.diagnosis import LossFunction, SignalFinding, SignalReport, SignalRow, signal_report
 from stability_callbacks.initialization._auto import Auto
-from stability_callbacks.initialization._fills import Fill, constant
+from stability_callbacks.initialization._call_graph import CallGraph
 from stability_callbacks.initialization._following import activation_after
 from stability_callbacks.initialization._gain import Activation
+from stability_callbacks.initialization._initializers import Initializer, constant
 from stability_callbacks.initialization._kernels import Kaiming, Normal, Orthogonal, TruncNormal, Xavier
+from stability_callbacks.initialization._layer_parameters import LayerParameter, Role
 from stability_callbacks.initialization._lsuv import LSUV
 from stability_callbacks.initialization._pattern import ByPattern
 from stability_callbacks.initialization._policy import LeaveAlone, Policy
 from stability_callbacks.initialization._recurrent import Recurrent
 from stability_callbacks.initialization._report import InitReport, InitRow
 from stability_callbacks.initialization._residual import DepthScaled, ZeroResidual
-from stability_callbacks.initialization._slots import Role, Slot
-from stability_callbacks.initialization._wiring import Wiring
 
 __all__ = [
     "LSUV",
     "Activation",
     "Auto",
     "ByPattern",
+    "CallGraph",
     "DepthScaled",
-    "Fill",
     "InitReport",
     "InitRow",
+    "Initializer",
     "Kaiming",
+    "LayerParameter",
     "LeaveAlone",
     "LossFunction",
     "Normal",
@@ -44,9 +46,7 @@ __all__ = [
     "SignalFinding",
     "SignalReport",
     "SignalRow",
-    "Slot",
     "TruncNormal",
-    "Wiring",
     "Xavier",
     "ZeroResidual",
     "activation_after",

@@ -9,12 +9,12 @@ from torch import nn
 
 from stability_callbacks._validation import check_number
 from stability_callbacks.activations import named_modules
-from stability_callbacks.initialization._fills import Fill, constant, kaiming, normal, xavier
+from stability_callbacks.initialization._call_graph import CallGraph
+from stability_callbacks.initialization._initializers import Initializer, constant, kaiming, normal, xavier
 from stability_callbacks.initialization._kernels import activation_of
+from stability_callbacks.initialization._layer_parameters import LayerParameter, Role
 from stability_callbacks.initialization._policy import LeaveAlone, Plan, Policy
 from stability_callbacks.initialization._recurrent import Recurrent
-from stability_callbacks.initialization._slots import Role, Slot
-from stability_callbacks.initialization._wiring import Wiring
 
 __all__ = ["Auto"]
 
@@ -81,18 +81,18 @@ class Auto(Policy):
                 plan[name] = LeaveAlone(f"pretrained, from {origin}")
         return plan
 
-    def rule(self, slot: Slot, wiring: Wiring) -> Fill | LeaveAlone | None:
-        if isinstance(slot.module, nn.RNNBase | nn.RNNCellBase):
-            return Recurrent(self.forget_bias).rule(slot, wiring)
-        if slot.role is Role.KERNEL:
-            activation = activation_of(slot, wiring)
+    def rule(self, param: LayerParameter, call_graph: CallGraph) -> Initializer | LeaveAlone | None:
+        if isinstance(param.module, nn.RNNBase | nn.RNNCellBase):
+            return Recurrent(self.forget_bias).rule(param, call_graph)
+        if param.role is Role.KERNEL:
+            activation = activation_of(param, call_graph)
             scheme = xavier if activation.saturating else kaiming
-            return scheme(slot, activation.gain).because(activation)
-        if slot.role is Role.EMBEDDING:
-            assert slot.shape is not None
-            return normal(slot, std=1 / math.sqrt(slot.shape[-1]))
+            return scheme(param, activation.gain).because(activation)
+        if param.role is Role.EMBEDDING:
+            assert param.shape is not None
+            return normal(param, std=1 / math.sqrt(param.shape[-1]))
         constants = {Role.BIAS: 0.0, Role.NORM_SCALE: 1.0, Role.NORM_SHIFT: 0.0}
-        return constant(constants[slot.role]) if slot.role in constants else None
+        return constant(constants[param.role]) if param.role in constants else None
 
 
 def _pretrained_parts(model: nn.Module) -> dict[str, str]:

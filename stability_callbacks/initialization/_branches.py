@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.nn.modules.conv import _ConvNd
 
 from stability_callbacks.activations import named_modules
-from stability_callbacks.initialization._wiring import TORCH_TRANSFORMER_LAYERS, Call, Wiring, operation
+from stability_callbacks.initialization._call_graph import TORCH_TRANSFORMER_LAYERS, Call, CallGraph, operation
 
 __all__ = ["residual_layers"]
 
@@ -20,46 +20,48 @@ _ADDITIONS = {"add", "iadd", "add_"}
 _KERNEL_LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention, nn.RNNBase)
 
 
-def residual_layers(wiring: Wiring, kinds: Kinds) -> list[str]:
+def residual_layers(call_graph: CallGraph, kinds: Kinds) -> list[str]:
     """The last layer of each residual branch.
 
     A residual branch is what a ``forward`` adds to a value that it was computed from, or to a projection of that value.
 
     Args:
-        wiring: The model's wiring.
+        call_graph: The model's call_graph.
         kinds: The types of layers that count.
 
     Returns:
         The layers' full names, each once; a branch without such a layer has none.
     """
-    return list(dict.fromkeys(_residual_layers(wiring, kinds)))
+    return list(dict.fromkeys(_residual_layers(call_graph, kinds)))
 
 
-def _residual_layers(wiring: Wiring, kinds: Kinds) -> Iterator[str]:
-    for name, module in wiring.modules.items():
+def _residual_layers(call_graph: CallGraph, kinds: Kinds) -> Iterator[str]:
+    for name, module in call_graph.modules.items():
         if isinstance(module, TORCH_TRANSFORMER_LAYERS):
             # Their `forward` cannot be read, but is known.
-            yield from (f"{child}.out_proj" for child in wiring.children(name) if child.endswith("attn"))
-            yield from (child for child in wiring.children(name) if child.endswith("linear2"))
-        graph = wiring.graph(name)
+            yield from (f"{child}.out_proj" for child in call_graph.children(name) if child.endswith("attn"))
+            yield from (child for child in call_graph.children(name) if child.endswith("linear2"))
+        graph = call_graph.graph(name)
         for node in graph.nodes if graph is not None else ():
             if operation(node) in _ADDITIONS and len(node.all_input_nodes) == 2:
-                yield from _branch_end(wiring, name, node.all_input_nodes, kinds)
+                yield from _branch_end(call_graph, name, node.all_input_nodes, kinds)
 
 
-def _branch_end(wiring: Wiring, name: str, summands: list[Node], kinds: Kinds) -> Iterator[str]:
+def _branch_end(call_graph: CallGraph, name: str, summands: list[Node], kinds: Kinds) -> Iterator[str]:
     """The last layer of the residual branch that is one of two summands, if one of them is."""
     upstream = {node: _upstream(node) for node in summands}
     shared = set.intersection(*upstream.values())
-    kernels = {node: sum(_kernels(wiring, Call(name, each)) for each in upstream[node] - shared) for node in upstream}
+    kernels = {
+        node: sum(_kernels(call_graph, Call(name, each)) for each in upstream[node] - shared) for node in upstream
+    }
     branch, shortcut = sorted(upstream, key=kernels.__getitem__, reverse=True)
     if shared and kernels[shortcut] <= 1 and kernels[branch] > kernels[shortcut]:
-        last = _last_layer(wiring, Call(name, branch), shared, kinds)
+        last = _last_layer(call_graph, Call(name, branch), shared, kinds)
         if last is not None:
             yield last
 
 
-def _last_layer(wiring: Wiring, call: Call, stop: set[Node], kinds: Kinds) -> str | None:
+def _last_layer(call_graph: CallGraph, call: Call, stop: set[Node], kinds: Kinds) -> str | None:
     """The first layer of some kinds that is met on the way back from a node."""
     nodes, seen = deque([call.node]), set(stop)
     while nodes:
@@ -68,29 +70,29 @@ def _last_layer(wiring: Wiring, call: Call, stop: set[Node], kinds: Kinds) -> st
             continue
         seen.add(node)
         if node.op == "call_module":
-            last = _last_layer_in(wiring, wiring.callee(Call(call.module, node)), kinds)
+            last = _last_layer_in(call_graph, call_graph.callee(Call(call.module, node)), kinds)
             if last is not None:
                 return last
         nodes.extend(node.all_input_nodes)
     return None
 
 
-def _last_layer_in(wiring: Wiring, name: str, kinds: Kinds) -> str | None:
-    module = wiring.modules[name]
+def _last_layer_in(call_graph: CallGraph, name: str, kinds: Kinds) -> str | None:
+    module = call_graph.modules[name]
     if isinstance(module, kinds):
         return name
-    graph = wiring.graph(name) if module._modules else None
+    graph = call_graph.graph(name) if module._modules else None
     if graph is not None:
-        return _last_layer(wiring, Call(name, graph.output_node()), set(), kinds)
+        return _last_layer(call_graph, Call(name, graph.output_node()), set(), kinds)
     layers = [each for each, layer in named_modules(module) if isinstance(layer, kinds)]
     return ".".join(filter(None, (name, layers[-1]))) if layers else None
 
 
-def _kernels(wiring: Wiring, call: Call) -> int:
+def _kernels(call_graph: CallGraph, call: Call) -> int:
     """How many layers with a kernel a node calls."""
     if call.node.op != "call_module":
         return 0
-    return sum(isinstance(each, _KERNEL_LAYERS) for each in wiring.modules[wiring.callee(call)].modules())
+    return sum(isinstance(each, _KERNEL_LAYERS) for each in call_graph.modules[call_graph.callee(call)].modules())
 
 
 def _upstream(node: Node) -> set[Node]:

@@ -12,6 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from stability_callbacks.initialization._call_graph import (
+    TORCH_TRANSFORMER_LAYERS,
+    Call,
+    CallGraph,
+    is_torch_layer,
+    operation,
+)
 from stability_callbacks.initialization._gain import (
     NO_ACTIVATION,
     Activation,
@@ -20,13 +27,6 @@ from stability_callbacks.initialization._gain import (
     second_moment_gain,
 )
 from stability_callbacks.initialization._tracing import preserved_randomness, shallow_copy
-from stability_callbacks.initialization._wiring import (
-    TORCH_TRANSFORMER_LAYERS,
-    Call,
-    Wiring,
-    is_torch_layer,
-    operation,
-)
 
 __all__ = ["activation_after"]
 
@@ -77,7 +77,7 @@ class _Place(NamedTuple):
     added: bool = False
 
 
-def activation_after(wiring: Wiring, name: str) -> Activation:
+def activation_after(call_graph: CallGraph, name: str) -> Activation:
     """The first activation that a layer's output meets.
 
     Functions and methods (``F.relu(x)``, ``x.tanh()``) are seen as modules are. Norms, dropout, pooling, padding,
@@ -86,40 +86,40 @@ def activation_after(wiring: Wiring, name: str) -> Activation:
     registration stands in for it. A user's own activation module is known by what it does to a few numbers.
 
     Args:
-        wiring: The model's wiring.
+        call_graph: The model's call_graph.
         name: The layer's full name.
 
     Returns:
         The activation; ``NO_ACTIVATION`` where there is none or it cannot be told.
     """
-    if (inside := _inside_torch_transformer(wiring, name)) is not None:
+    if (inside := _inside_torch_transformer(call_graph, name)) is not None:
         return inside
-    places, seen = deque(_leaving(wiring, name, added=False)), set[_Place]()
+    places, seen = deque(_leaving(call_graph, name, added=False)), set[_Place]()
     while places:
         place = places.popleft()
         if place in seen:
             continue
         seen.add(place)
-        for met in _next(wiring, place):
+        for met in _next(call_graph, place):
             if isinstance(met, Activation):
                 return met
             places.append(met)
     return NO_ACTIVATION
 
 
-def _next(wiring: Wiring, place: _Place) -> Iterator[Activation | _Place]:
+def _next(call_graph: CallGraph, place: _Place) -> Iterator[Activation | _Place]:
     """What comes after a place: activations, and places to go on from."""
     if isinstance(place.node, int):
-        children = wiring.children(place.module)
+        children = call_graph.children(place.module)
         if place.node < len(children):
-            yield from _meeting(wiring, children[place.node], place._replace(node=place.node + 1), place)
+            yield from _meeting(call_graph, children[place.node], place._replace(node=place.node + 1), place)
         return
     for user in place.node.users:
         after = place._replace(node=user)
         if user.op == "output":
-            yield from _leaving(wiring, place.module, place.added)
+            yield from _leaving(call_graph, place.module, place.added)
         elif user.op == "call_module":
-            yield from _meeting(wiring, wiring.callee(Call(place.module, user)), after, place)
+            yield from _meeting(call_graph, call_graph.callee(Call(place.module, user)), after, place)
         elif (activation := _operation_activation(user)) is not None:
             yield activation
         elif operation(user) in _ADDITIONS and not place.added:
@@ -128,9 +128,9 @@ def _next(wiring: Wiring, place: _Place) -> Iterator[Activation | _Place]:
             yield after
 
 
-def _meeting(wiring: Wiring, name: str, after: _Place, before: _Place) -> Iterator[Activation | _Place]:
+def _meeting(call_graph: CallGraph, name: str, after: _Place, before: _Place) -> Iterator[Activation | _Place]:
     """What a value meets in a module: the activation that it is, the place behind it, or its inside."""
-    module = wiring.modules[name]
+    module = call_graph.modules[name]
     if _is_transparent(module):
         yield after
     elif (activation := module_activation(module)) is not None:
@@ -138,14 +138,14 @@ def _meeting(wiring: Wiring, name: str, after: _Place, before: _Place) -> Iterat
     elif not is_torch_layer(module):
         probed = _probe(module)
         if probed is None:
-            yield from _entering(wiring, name, after, before)
+            yield from _entering(call_graph, name, after, before)
         else:
             yield after if probed is NO_ACTIVATION else probed
 
 
-def _entering(wiring: Wiring, name: str, after: _Place, before: _Place) -> Iterator[_Place]:
+def _entering(call_graph: CallGraph, name: str, after: _Place, before: _Place) -> Iterator[_Place]:
     """The inputs of a module that get a value; the first child, where its ``forward`` cannot be read."""
-    graph = wiring.graph(name)
+    graph = call_graph.graph(name)
     if graph is None:
         yield _Place(name, 0, before.added)
         return
@@ -160,20 +160,20 @@ def _entering(wiring: Wiring, name: str, after: _Place, before: _Place) -> Itera
         yield _Place(name, each, before.added)
 
 
-def _leaving(wiring: Wiring, name: str, added: bool) -> list[_Place]:
+def _leaving(call_graph: CallGraph, name: str, added: bool) -> list[_Place]:
     """Where a module's output goes on."""
-    if (call := wiring.call_of(name)) is not None:
+    if (call := call_graph.call_of(name)) is not None:
         return [_Place(*call, added)]
     parent = name.rpartition(".")[0]
-    if name and wiring.graph(parent) is None:
-        return [_Place(parent, wiring.children(parent).index(name) + 1, added)]
+    if name and call_graph.graph(parent) is None:
+        return [_Place(parent, call_graph.children(parent).index(name) + 1, added)]
     return []
 
 
-def _inside_torch_transformer(wiring: Wiring, name: str) -> Activation | None:
+def _inside_torch_transformer(call_graph: CallGraph, name: str) -> Activation | None:
     """What follows a layer of torch's own transformer layers, whose ``forward`` cannot be read."""
     parent, _, attribute = name.rpartition(".")
-    layer = wiring.modules[parent]
+    layer = call_graph.modules[parent]
     if not isinstance(layer, TORCH_TRANSFORMER_LAYERS):
         return None
     if attribute != "linear1":

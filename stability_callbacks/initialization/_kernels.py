@@ -9,12 +9,15 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from stability_callbacks._validation import check_choice, check_number
-from stability_callbacks.initialization._fills import (
+from stability_callbacks.initialization._call_graph import CallGraph
+from stability_callbacks.initialization._following import activation_after
+from stability_callbacks.initialization._gain import ACTIVATION_NAMES, NO_ACTIVATION, Activation, named_activation
+from stability_callbacks.initialization._initializers import (
     DISTRIBUTIONS,
     FANS,
     Distribution,
     Fan,
-    Fill,
+    Initializer,
     constant,
     kaiming,
     normal,
@@ -22,11 +25,8 @@ from stability_callbacks.initialization._fills import (
     trunc_normal,
     xavier,
 )
-from stability_callbacks.initialization._following import activation_after
-from stability_callbacks.initialization._gain import ACTIVATION_NAMES, NO_ACTIVATION, Activation, named_activation
+from stability_callbacks.initialization._layer_parameters import LayerParameter, Role
 from stability_callbacks.initialization._policy import Policy
-from stability_callbacks.initialization._slots import Role, Slot
-from stability_callbacks.initialization._wiring import Wiring
 
 __all__ = ["Kaiming", "Normal", "Orthogonal", "TruncNormal", "Xavier", "activation_of"]
 
@@ -34,10 +34,10 @@ __all__ = ["Kaiming", "Normal", "Orthogonal", "TruncNormal", "Xavier", "activati
 _FEED_FORWARD_LAYERS = (nn.Linear, nn.Bilinear, _ConvNd)
 
 
-def activation_of(slot: Slot, wiring: Wiring) -> Activation:
+def activation_of(param: LayerParameter, call_graph: CallGraph) -> Activation:
     """The activation that a kernel's layer leads to."""
-    known = isinstance(slot.module, _FEED_FORWARD_LAYERS)
-    return activation_after(wiring, slot.module_name) if known else NO_ACTIVATION
+    known = isinstance(param.module, _FEED_FORWARD_LAYERS)
+    return activation_after(call_graph, param.module_name) if known else NO_ACTIVATION
 
 
 class _KernelPolicy(Policy):
@@ -46,13 +46,13 @@ class _KernelPolicy(Policy):
     roles: ClassVar[frozenset[Role]] = frozenset({Role.KERNEL, Role.HIDDEN_KERNEL})
 
     @abstractmethod
-    def kernel(self, slot: Slot, wiring: Wiring) -> Fill:
+    def kernel(self, param: LayerParameter, call_graph: CallGraph) -> Initializer:
         """What to write into a kernel."""
 
-    def rule(self, slot: Slot, wiring: Wiring) -> Fill | None:
-        if slot.role in self.roles:
-            return self.kernel(slot, wiring)
-        return constant(0) if slot.role is Role.BIAS else None
+    def rule(self, param: LayerParameter, call_graph: CallGraph) -> Initializer | None:
+        if param.role in self.roles:
+            return self.kernel(param, call_graph)
+        return constant(0) if param.role is Role.BIAS else None
 
 
 class Xavier(_KernelPolicy):
@@ -91,11 +91,11 @@ class Xavier(_KernelPolicy):
         self.distribution = check_choice("distribution", distribution, DISTRIBUTIONS)
         self.gain = None if gain is None else check_number("gain", gain, above=0)
 
-    def kernel(self, slot: Slot, wiring: Wiring) -> Fill:
+    def kernel(self, param: LayerParameter, call_graph: CallGraph) -> Initializer:
         if self.gain is not None:
-            return xavier(slot, self.gain, self.distribution)
-        activation = activation_of(slot, wiring)
-        return xavier(slot, activation.gain, self.distribution).because(activation)
+            return xavier(param, self.gain, self.distribution)
+        activation = activation_of(param, call_graph)
+        return xavier(param, activation.gain, self.distribution).because(activation)
 
 
 class Kaiming(_KernelPolicy):
@@ -138,12 +138,12 @@ class Kaiming(_KernelPolicy):
             check_choice("nonlinearity", nonlinearity, ("linear", *ACTIVATION_NAMES))
         self.nonlinearity = nonlinearity
 
-    def kernel(self, slot: Slot, wiring: Wiring) -> Fill:
+    def kernel(self, param: LayerParameter, call_graph: CallGraph) -> Initializer:
         if self.nonlinearity is not None:
             activation = named_activation(self.nonlinearity) or NO_ACTIVATION
-            return kaiming(slot, activation.gain, self.mode, self.distribution)
-        activation = activation_of(slot, wiring)
-        return kaiming(slot, activation.gain, self.mode, self.distribution).because(activation)
+            return kaiming(param, activation.gain, self.mode, self.distribution)
+        activation = activation_of(param, call_graph)
+        return kaiming(param, activation.gain, self.mode, self.distribution).because(activation)
 
 
 class Orthogonal(_KernelPolicy):
@@ -178,11 +178,11 @@ class Orthogonal(_KernelPolicy):
     def __init__(self, gain: float | None = None) -> None:
         self.gain = None if gain is None else check_number("gain", gain, above=0)
 
-    def kernel(self, slot: Slot, wiring: Wiring) -> Fill:
+    def kernel(self, param: LayerParameter, call_graph: CallGraph) -> Initializer:
         if self.gain is not None:
-            return orthogonal(slot, self.gain)
-        activation = activation_of(slot, wiring)
-        return orthogonal(slot, activation.gain).because(activation)
+            return orthogonal(param, self.gain)
+        activation = activation_of(param, call_graph)
+        return orthogonal(param, activation.gain).because(activation)
 
 
 class Normal(_KernelPolicy):
@@ -213,8 +213,8 @@ class Normal(_KernelPolicy):
     def __init__(self, std: float = 0.02) -> None:
         self.std = check_number("std", std, above=0)
 
-    def kernel(self, slot: Slot, wiring: Wiring) -> Fill:
-        return normal(slot, self.std)
+    def kernel(self, param: LayerParameter, call_graph: CallGraph) -> Initializer:
+        return normal(param, self.std)
 
 
 class TruncNormal(_KernelPolicy):
@@ -248,5 +248,5 @@ class TruncNormal(_KernelPolicy):
     def __init__(self, std: float = 0.02) -> None:
         self.std = check_number("std", std, above=0)
 
-    def kernel(self, slot: Slot, wiring: Wiring) -> Fill:
-        return trunc_normal(slot, self.std)
+    def kernel(self, param: LayerParameter, call_graph: CallGraph) -> Initializer:
+        return trunc_normal(param, self.std)

@@ -16,12 +16,12 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from stability_callbacks._validation import check_instance, check_integer, check_number
 from stability_callbacks.activations import ModuleCall, OutputHooks
-from stability_callbacks.initialization._fills import Fill, constant, orthogonal
+from stability_callbacks.initialization._call_graph import CallGraph
+from stability_callbacks.initialization._initializers import Initializer, constant, orthogonal
+from stability_callbacks.initialization._layer_parameters import LayerParameter, Role, layer_parameters
 from stability_callbacks.initialization._policy import LeaveAlone, Policy
 from stability_callbacks.initialization._report import InitReport
-from stability_callbacks.initialization._slots import Role, Slot, slots
 from stability_callbacks.initialization._tracing import preserved_randomness
-from stability_callbacks.initialization._wiring import Wiring
 
 __all__ = ["LSUV"]
 
@@ -84,12 +84,12 @@ class LSUV(Policy):
         self.tolerance = check_number("tolerance", tolerance, above=0)
         self.max_iterations = check_integer("max_iterations", max_iterations, at_least=1)
 
-    def rule(self, slot: Slot, wiring: Wiring) -> Fill | LeaveAlone | None:
-        if not isinstance(slot.module, _LAYERS):
+    def rule(self, param: LayerParameter, call_graph: CallGraph) -> Initializer | LeaveAlone | None:
+        if not isinstance(param.module, _LAYERS):
             return None
-        if slot.role is Role.KERNEL:
-            return orthogonal(slot, gain=1.0)
-        return constant(0) if slot.role is Role.BIAS else None
+        if param.role is Role.KERNEL:
+            return orthogonal(param, gain=1.0)
+        return constant(0) if param.role is Role.BIAS else None
 
     def apply(self, model: nn.Module, batch: Any = None) -> InitReport:
         """Initialize a model in place, with the help of a batch.
@@ -116,37 +116,39 @@ class LSUV(Policy):
                 "`model` must not be sharded for LSUV, which scales weights between layers: apply it before"
             )
         report = super().apply(model)
-        kernels: dict[nn.Module, Slot] = {
-            slot.module: slot
-            for slot in slots(model)
-            if isinstance(slot.module, _LAYERS) and slot.role is Role.KERNEL and report[slot.name].initialized
+        kernels: dict[nn.Module, LayerParameter] = {
+            param.module: param
+            for param in layer_parameters(model)
+            if isinstance(param.module, _LAYERS) and param.role is Role.KERNEL and report[param.name].initialized
         }
-        kernels |= {slot.module: slot for slot in slots(model) if _is_magnitude(slot) and slot.obstacle is None}
+        kernels |= {
+            param.module: param for param in layer_parameters(model) if _is_magnitude(param) and param.obstacle is None
+        }
         outcomes = self._scale(model, batch, kernels)
         return _completed(report, list(kernels.values()), outcomes, _made_by_hooks(model, kernels))
 
     @torch.no_grad()
-    def _scale(self, model: nn.Module, batch: Any, kernels: Mapping[nn.Module, Slot]) -> dict[str, _Outcome]:
+    def _scale(self, model: nn.Module, batch: Any, kernels: Mapping[nn.Module, LayerParameter]) -> dict[str, _Outcome]:
         outcomes: dict[str, _Outcome] = {}
 
         def adjust(call: ModuleCall) -> Tensor | None:
             if call.name in outcomes:  # a layer that is called again keeps what its first call found
                 return None
-            slot = kernels[call.module]
-            output, outcomes[call.name] = self._scale_layer(slot, call.args, call.kwargs, call.output)
+            param = kernels[call.module]
+            output, outcomes[call.name] = self._scale_layer(param, call.args, call.kwargs, call.output)
             return output
 
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         with ExitStack() as stack:
             stack.enter_context(preserved_randomness())
-            layers = [(slot.name, layer) for layer, slot in kernels.items()]
+            layers = [(param.name, layer) for layer, param in kernels.items()]
             stack.enter_context(OutputHooks(layers, adjust, prepend=True))
             for buffer, value in buffers:
                 stack.callback(buffer.copy_, value)
             _call(model, batch)
         return outcomes
 
-    def _scale_layer(self, slot: Slot, args: Any, kwargs: Any, output: Tensor) -> tuple[Tensor, _Outcome]:
+    def _scale_layer(self, param: LayerParameter, args: Any, kwargs: Any, output: Tensor) -> tuple[Tensor, _Outcome]:
         """Scale a layer until its output has variance 1; the output goes on to the next."""
         for _ in range(self.max_iterations):
             std = _std(output)
@@ -154,10 +156,10 @@ class LSUV(Policy):
                 return output, _Outcome(std, None)
             if std == 0 or not math.isfinite(std):
                 return output, _Outcome(std, "its output is constant" if std == 0 else "its output is not finite")
-            slot.write(slot.read() / std)
-            if (hook := _weight_norm(slot.module)) is not None:
-                slot.module.weight = hook.compute_weight(slot.module)
-            output = slot.module.forward(*args, **kwargs)
+            param.write(param.read() / std)
+            if (hook := _weight_norm(param.module)) is not None:
+                param.module.weight = hook.compute_weight(param.module)
+            output = param.module.forward(*args, **kwargs)
         std = _std(output)
         converged = abs(std**2 - 1) <= self.tolerance
         return output, _Outcome(std, None if converged else "its output did not follow the weight")
@@ -169,20 +171,22 @@ def _weight_norm(module: nn.Module) -> WeightNorm | None:
     return next((each for each in hooks if isinstance(each, WeightNorm) and each.name == "weight"), None)
 
 
-def _is_magnitude(slot: Slot) -> bool:
-    return isinstance(slot.module, _LAYERS) and slot.attribute == "weight_g" and _weight_norm(slot.module) is not None
+def _is_magnitude(param: LayerParameter) -> bool:
+    return (
+        isinstance(param.module, _LAYERS) and param.attribute == "weight_g" and _weight_norm(param.module) is not None
+    )
 
 
-def _made_by_hooks(model: nn.Module, kernels: Mapping[nn.Module, Slot]) -> dict[str, str]:
+def _made_by_hooks(model: nn.Module, kernels: Mapping[nn.Module, LayerParameter]) -> dict[str, str]:
     """The layers whose weight is no parameter, with one of its parameters, and what makes it."""
     found: dict[str, str] = {}
-    for slot in slots(model):
-        layer = slot.module
-        if not isinstance(layer, _LAYERS) or layer in kernels or not slot.attribute.startswith("weight_"):
+    for param in layer_parameters(model):
+        layer = param.module
+        if not isinstance(layer, _LAYERS) or layer in kernels or not param.attribute.startswith("weight_"):
             continue
         frozen = not any(each.requires_grad for each in layer.parameters(recurse=False))
         if "weight" not in layer._parameters and not hasattr(layer, "parametrizations") and not frozen:
-            found.setdefault(".".join(filter(None, (slot.module_name, "weight"))), slot.name)
+            found.setdefault(".".join(filter(None, (param.module_name, "weight"))), param.name)
     return found
 
 
@@ -198,7 +202,10 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 def _completed(
-    report: InitReport, kernels: list[Slot], outcomes: Mapping[str, _Outcome], made_by_hooks: Mapping[str, str]
+    report: InitReport,
+    kernels: list[LayerParameter],
+    outcomes: Mapping[str, _Outcome],
+    made_by_hooks: Mapping[str, str],
 ) -> InitReport:
     """The report with what the scaling did, and a warning about the layers that it could not scale."""
     rows = {row.name: row for row in report}
@@ -206,15 +213,15 @@ def _completed(
     for name, parameter in made_by_hooks.items():
         troubles.append(f"{name} ({_MADE_BY_HOOK})")
         rows[parameter] = rows[parameter]._replace(what=f"left alone: {_MADE_BY_HOOK}")
-    for slot in kernels:
-        std, trouble = outcomes.get(slot.name, _Outcome(math.nan, "the forward pass did not call its layer"))
+    for param in kernels:
+        std, trouble = outcomes.get(param.name, _Outcome(math.nan, "the forward pass did not call its layer"))
         if trouble is not None:
-            troubles.append(f"{slot.name} ({trouble})")
+            troubles.append(f"{param.name} ({trouble})")
         note = f"then scaled: output std {std:.3g}" if trouble is None else f"not scaled to variance 1: {trouble}"
-        mean_after, std_after = slot.statistics()
-        row = rows[slot.name]
+        mean_after, std_after = param.statistics()
+        row = rows[param.name]
         what = f"{row.what}, {note}" if row.initialized else note.removeprefix("then ")
-        rows[slot.name] = row._replace(what=what, mean_after=mean_after, std_after=std_after)
+        rows[param.name] = row._replace(what=what, mean_after=mean_after, std_after=std_after)
     if troubles:
         warnings.warn(f"LSUV did not bring these layers to variance 1: {', '.join(troubles)}.", stacklevel=3)
     return InitReport(tuple(rows.values()))

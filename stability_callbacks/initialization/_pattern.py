@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from stability_callbacks._validation import check_instance, check_pattern
-from stability_callbacks.initialization._fills import Fill
+from stability_callbacks.initialization._call_graph import CallGraph
+from stability_callbacks.initialization._initializers import Initializer
+from stability_callbacks.initialization._layer_parameters import LayerParameter, layer_parameters
 from stability_callbacks.initialization._policy import LeaveAlone, Plan, Policy
-from stability_callbacks.initialization._slots import Slot, slots
-from stability_callbacks.initialization._wiring import Wiring
 
 __all__ = ["ByPattern"]
 
@@ -59,14 +59,14 @@ class ByPattern(Policy):
     def plan(self, model: nn.Module) -> Plan:
         plans = {pattern: policy.plan(model) for pattern, policy in self.policies.items() if policy is not None}
         patterns = {pattern: check_pattern("policies", pattern) for pattern in self.policies}
-        names = [slot.name for slot in slots(model)]
+        names = [param.name for param in layer_parameters(model)]
         unused = [pattern for pattern, regex in patterns.items() if not any(map(regex.search, names))]
         if unused:
             raise ValueError(
                 f"`policies` must have patterns that are found in a parameter's name, got {unused!r}; the names are"
                 f" {', '.join(names)}"
             )
-        plan: dict[str, Fill | LeaveAlone] = {}
+        plan: dict[str, Initializer | LeaveAlone] = {}
         for name in names:
             pattern = next((pattern for pattern, regex in patterns.items() if regex.search(name)), None)
             if pattern is None:
@@ -77,9 +77,9 @@ class ByPattern(Policy):
                 plan[name] = plans[pattern][name]
         return plan
 
-    def rule(self, slot: Slot, wiring: Wiring) -> Fill | LeaveAlone | None:
+    def rule(self, param: LayerParameter, call_graph: CallGraph) -> Initializer | LeaveAlone | None:
         """Say what the first policy whose pattern matches says."""
         for pattern, policy in self.policies.items():
-            if check_pattern("policies", pattern).search(slot.name):
-                return None if policy is None else policy.rule(slot, wiring)
+            if check_pattern("policies", pattern).search(param.name):
+                return None if policy is None else policy.rule(param, call_graph)
         return None

@@ -12,10 +12,10 @@ from torch import nn
 
 from stability_callbacks._validation import check_instance
 from stability_callbacks.activations import refuse_unreachable
-from stability_callbacks.initialization._fills import Fill
+from stability_callbacks.initialization._call_graph import CallGraph
+from stability_callbacks.initialization._initializers import Initializer
+from stability_callbacks.initialization._layer_parameters import LayerParameter, Role, layer_parameters
 from stability_callbacks.initialization._report import InitReport, InitRow
-from stability_callbacks.initialization._slots import Role, Slot, slots
-from stability_callbacks.initialization._wiring import Wiring
 
 __all__ = ["LeaveAlone", "Plan", "Policy"]
 
@@ -26,7 +26,7 @@ class LeaveAlone(NamedTuple):
     why: str
 
 
-Plan = Mapping[str, Fill | LeaveAlone]
+Plan = Mapping[str, Initializer | LeaveAlone]
 """What to do with each parameter, by its full name."""
 
 
@@ -36,7 +36,7 @@ class Policy(ABC):
     Derive from it and write :meth:`rule` to make one of your own. What a policy owes:
 
     - :meth:`rule` decides by the parameter alone, remembers nothing and draws no random numbers: those come from the
-      fill that it returns, so that a seed gives the same weights, also by a copy or a pickle.
+      initializer that it returns, so that a seed gives the same weights, also by a copy or a pickle.
     - Its ``repr`` shows its settings: that of this class shows the attributes whose names begin without an underscore.
     - One that overrides :meth:`apply` to look at outputs sets :attr:`needs_batch`, raises a ``ValueError`` without a
       batch and for a sharded model, and changes nothing but parameters.
@@ -63,8 +63,8 @@ class Policy(ABC):
         ...     def __init__(self, value=0.01):
         ...         self.value = value
         ...
-        ...     def rule(self, slot, wiring):
-        ...         return constant(self.value) if slot.role is Role.BIAS else None
+        ...     def rule(self, param, call_graph):
+        ...         return constant(self.value) if param.role is Role.BIAS else None
         >>> report = SmallBiases().apply(nn.Linear(2, 3))
         >>> print(report["bias"].what)
         0.01
@@ -76,12 +76,12 @@ class Policy(ABC):
     """Whether :meth:`apply` needs a batch."""
 
     @abstractmethod
-    def rule(self, slot: Slot, wiring: Wiring) -> Fill | LeaveAlone | None:
+    def rule(self, param: LayerParameter, call_graph: CallGraph) -> Initializer | LeaveAlone | None:
         """Say what to write into a parameter.
 
         Args:
-            slot: The parameter in its place: name, layer, shape, role, fans.
-            wiring: How the layers are connected, for :func:`activation_after`.
+            param: The parameter in its place: name, layer, shape, role, fans.
+            call_graph: How the layers are connected, for :func:`activation_after`.
 
         Returns:
             What to write; None or the reason why the parameter is left alone.
@@ -89,11 +89,11 @@ class Policy(ABC):
 
     def plan(self, model: nn.Module) -> Plan:
         """Say what to do with each parameter of a model that can be written, by its full name."""
-        wiring = Wiring(model)
-        plan: dict[str, Fill | LeaveAlone] = {}
-        for slot in slots(model):
-            if slot.obstacle is None:
-                plan[slot.name] = self.rule(slot, wiring) or LeaveAlone(_why_no_rule(self, slot))
+        call_graph = CallGraph(model)
+        plan: dict[str, Initializer | LeaveAlone] = {}
+        for param in layer_parameters(model):
+            if param.obstacle is None:
+                plan[param.name] = self.rule(param, call_graph) or LeaveAlone(_why_no_rule(self, param))
         return plan
 
     def apply(self, model: nn.Module, batch: Any = None) -> InitReport:
@@ -120,18 +120,18 @@ class Policy(ABC):
         return f"{type(self).__name__}({arguments})"
 
 
-def _why_no_rule(policy: Policy, slot: Slot) -> str:
-    if slot.role is Role.UNKNOWN:
-        return f"not a parameter that {type(slot.module).__name__} is known for"
-    return f"{slot.role.value} kept, {type(policy).__name__} has no rule for it"
+def _why_no_rule(policy: Policy, param: LayerParameter) -> str:
+    if param.role is Role.UNKNOWN:
+        return f"not a parameter that {type(param.module).__name__} is known for"
+    return f"{param.role.value} kept, {type(policy).__name__} has no rule for it"
 
 
 @torch.no_grad()
 def _carry_out(plan: Plan, model: nn.Module) -> InitReport:
-    all_slots = list(slots(model))
+    all_slots = list(layer_parameters(model))
     owners = _owners(all_slots, plan)
-    rows = [_carry_out_one(slot, plan, owners) for slot in all_slots]
-    lazy = [slot.name for slot in all_slots if slot.shape is None]
+    rows = [_carry_out_one(param, plan, owners) for param in all_slots]
+    lazy = [param.name for param in all_slots if param.shape is None]
     if lazy:
         warnings.warn(
             f"These parameters are lazy and were not initialized: {', '.join(lazy)}. Run a batch through the model"
@@ -141,39 +141,41 @@ def _carry_out(plan: Plan, model: nn.Module) -> InitReport:
     return InitReport(tuple(rows))
 
 
-def _owners(all_slots: list[Slot], plan: Plan) -> dict[int, str]:
+def _owners(all_slots: list[LayerParameter], plan: Plan) -> dict[int, str]:
     """The name under which each tensor is initialized: its first that the plan writes, or its first."""
     owners: dict[int, str] = {}
-    writers = [slot for slot in all_slots if isinstance(plan.get(slot.name), Fill)]
-    for slot in (*writers, *all_slots):
-        for tensor in slot.tensors:
-            owners.setdefault(id(tensor), slot.name)
+    writers = [param for param in all_slots if isinstance(plan.get(param.name), Initializer)]
+    for param in (*writers, *all_slots):
+        for tensor in param.tensors:
+            owners.setdefault(id(tensor), param.name)
     return owners
 
 
-def _carry_out_one(slot: Slot, plan: Plan, owners: dict[int, str]) -> InitRow:
-    before = slot.statistics()
-    step = plan.get(slot.name)
-    owner = next((owners[id(tensor)] for tensor in slot.tensors), slot.name)
-    if slot.obstacle is not None:
-        step = LeaveAlone(slot.obstacle)
-    elif owner != slot.name:
+def _carry_out_one(param: LayerParameter, plan: Plan, owners: dict[int, str]) -> InitRow:
+    before = param.statistics()
+    step = plan.get(param.name)
+    owner = next((owners[id(tensor)] for tensor in param.tensors), param.name)
+    if param.obstacle is not None:
+        step = LeaveAlone(param.obstacle)
+    elif owner != param.name:
         step = LeaveAlone(f"tied to {owner}")
-    if isinstance(step, Fill):
-        step = _fill(slot, step)
-    what = step.what if isinstance(step, Fill) else f"left alone: {step.why if step else 'not in the plan'}"
-    after = slot.statistics() if isinstance(step, Fill) else before
-    return InitRow(slot.name, slot.shape, what, *before, *after)
+    if isinstance(step, Initializer):
+        step = _fill(param, step)
+    what = step.what if isinstance(step, Initializer) else f"left alone: {step.why if step else 'not in the plan'}"
+    after = param.statistics() if isinstance(step, Initializer) else before
+    return InitRow(param.name, param.shape, what, *before, *after)
 
 
-def _fill(slot: Slot, fill: Fill) -> Fill | LeaveAlone:
-    assert slot.shape is not None
-    value = torch.empty(slot.shape, dtype=torch.promote_types(slot.tensors[0].dtype, torch.float32))
-    fill.draw(value)
+def _fill(param: LayerParameter, initializer: Initializer) -> Initializer | LeaveAlone:
+    assert param.shape is not None
+    value = torch.empty(param.shape, dtype=torch.promote_types(param.tensors[0].dtype, torch.float32))
+    initializer.draw(value)
     try:
-        slot.write(value)
+        param.write(value)
     except NotImplementedError:  # what a parametrization raises that cannot be assigned to
         return LeaveAlone("its parametrization cannot be assigned to")
-    if slot.parametrization is None:
-        return fill
-    return fill._replace(what=f"{fill.what}; through {', '.join(type(each).__name__ for each in slot.parametrization)}")
+    if param.parametrization is None:
+        return initializer
+    return initializer._replace(
+        what=f"{initializer.what}; through {', '.join(type(each).__name__ for each in param.parametrization)}"
+    )

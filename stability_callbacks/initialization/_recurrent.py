@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from stability_callbacks._validation import check_number
-from stability_callbacks.initialization._fills import Fill, constant, orthogonal, xavier
+from stability_callbacks.initialization._call_graph import CallGraph
+from stability_callbacks.initialization._initializers import Initializer, constant, orthogonal, xavier
+from stability_callbacks.initialization._layer_parameters import LayerParameter, Role
 from stability_callbacks.initialization._policy import LeaveAlone, Policy
-from stability_callbacks.initialization._slots import Role, Slot
-from stability_callbacks.initialization._wiring import Wiring
 
 __all__ = ["Recurrent"]
 
@@ -57,25 +57,29 @@ class Recurrent(Policy):
     def __init__(self, forget_bias: float = 1.0) -> None:
         self.forget_bias = check_number("forget_bias", forget_bias)
 
-    def rule(self, slot: Slot, wiring: Wiring) -> Fill | LeaveAlone | None:
-        if not isinstance(slot.module, _RECURRENT_LAYERS):
-            return LeaveAlone(f"{type(slot.module).__name__} is not recurrent")
-        if slot.role is Role.KERNEL:
-            return xavier(slot, gain=1.0)
-        if slot.role is Role.HIDDEN_KERNEL:
-            fill = orthogonal(slot, gain=1.0)
-            biasless = isinstance(slot.module, _LSTMS) and not slot.module.bias and slot.blocks > 1
-            return fill._replace(what=f"{fill.what}; no bias, so no forget bias") if biasless else fill
-        if slot.role is Role.BIAS:
-            input_bias = isinstance(slot.module, _LSTMS) and slot.attribute.startswith("bias_ih")
+    def rule(self, param: LayerParameter, call_graph: CallGraph) -> Initializer | LeaveAlone | None:
+        if not isinstance(param.module, _RECURRENT_LAYERS):
+            return LeaveAlone(f"{type(param.module).__name__} is not recurrent")
+        if param.role is Role.KERNEL:
+            return xavier(param, gain=1.0)
+        if param.role is Role.HIDDEN_KERNEL:
+            initializer = orthogonal(param, gain=1.0)
+            biasless = isinstance(param.module, _LSTMS) and not param.module.bias and param.blocks > 1
+            return (
+                initializer._replace(what=f"{initializer.what}; no bias, so no forget bias")
+                if biasless
+                else initializer
+            )
+        if param.role is Role.BIAS:
+            input_bias = isinstance(param.module, _LSTMS) and param.attribute.startswith("bias_ih")
             return self._input_bias() if input_bias and self.forget_bias else constant(0)
         return None
 
-    def _input_bias(self) -> Fill:
+    def _input_bias(self) -> Initializer:
         """The bias of an LSTM: gates are input, forget, cell, output."""
 
         def draw(tensor: Tensor) -> None:
             tensor.zero_()
             tensor.chunk(4)[1].fill_(self.forget_bias)
 
-        return Fill(f"zeros, forget gate {self.forget_bias:g}", draw)
+        return Initializer(f"zeros, forget gate {self.forget_bias:g}", draw)

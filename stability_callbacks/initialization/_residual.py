@@ -10,10 +10,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from stability_callbacks._validation import check_instance, check_number, check_pattern
 from stability_callbacks.initialization._branches import residual_layers
-from stability_callbacks.initialization._fills import Fill, constant, normal
+from stability_callbacks.initialization._call_graph import CallGraph
+from stability_callbacks.initialization._initializers import Initializer, constant, normal
+from stability_callbacks.initialization._layer_parameters import LayerParameter, Role, layer_parameters
 from stability_callbacks.initialization._policy import LeaveAlone, Plan, Policy
-from stability_callbacks.initialization._slots import Role, Slot, slots
-from stability_callbacks.initialization._wiring import Wiring
 
 __all__ = ["DepthScaled", "ZeroResidual"]
 
@@ -64,27 +64,27 @@ class DepthScaled(Policy):
         plan = dict(super().plan(model))
         ends = self._residual_kernels(model)
         std = self.std / math.sqrt(len(ends))
-        for slot in ends:
-            if slot.name in plan:
-                plan[slot.name] = normal(slot, std).because(f"ends 1 of {len(ends)} residual branches")
+        for param in ends:
+            if param.name in plan:
+                plan[param.name] = normal(param, std).because(f"ends 1 of {len(ends)} residual branches")
         return plan
 
-    def rule(self, slot: Slot, wiring: Wiring) -> Fill | LeaveAlone | None:
-        if slot.role in (Role.KERNEL, Role.HIDDEN_KERNEL, Role.EMBEDDING):
-            return normal(slot, self.std)
+    def rule(self, param: LayerParameter, call_graph: CallGraph) -> Initializer | LeaveAlone | None:
+        if param.role in (Role.KERNEL, Role.HIDDEN_KERNEL, Role.EMBEDDING):
+            return normal(param, self.std)
         constants = {Role.BIAS: 0.0, Role.NORM_SCALE: 1.0, Role.NORM_SHIFT: 0.0}
-        return constant(constants[slot.role]) if slot.role in constants else None
+        return constant(constants[param.role]) if param.role in constants else None
 
-    def _residual_kernels(self, model: nn.Module) -> list[Slot]:
-        kernels = [slot for slot in slots(model) if slot.role is Role.KERNEL]
+    def _residual_kernels(self, model: nn.Module) -> list[LayerParameter]:
+        kernels = [param for param in layer_parameters(model) if param.role is Role.KERNEL]
         if self.residual is not None:
             pattern = check_pattern("residual", self.residual)
-            ends = [slot for slot in kernels if pattern.search(slot.name)]
+            ends = [param for param in kernels if pattern.search(param.name)]
         else:
-            layers = set(residual_layers(Wiring(model), _PROJECTIONS))
-            ends = [slot for slot in kernels if slot.module_name in layers]
+            layers = set(residual_layers(CallGraph(model), _PROJECTIONS))
+            ends = [param for param in kernels if param.module_name in layers]
         if not ends:
-            names = ", ".join(slot.name for slot in kernels)
+            names = ", ".join(param.name for param in kernels)
             raise ValueError(
                 f"`residual` must be found in the name of a kernel that ends a residual branch, got {self.residual!r},"
                 f" with which none is; the kernels are {names}"
@@ -137,16 +137,16 @@ class ZeroResidual(Policy):
         self.base = base
 
     def plan(self, model: nn.Module) -> Plan:
-        layers = set(residual_layers(Wiring(model), (*_PROJECTIONS, *_NORMS)))
+        layers = set(residual_layers(CallGraph(model), (*_PROJECTIONS, *_NORMS)))
         if not layers:
             raise ValueError(
                 "`model` must have a residual branch (`x + f(x)` in a forward method), got none that is found"
             )
         plan = dict(super().plan(model) if self.base is None else self.base.plan(model))
-        for slot in slots(model):
-            if slot.module_name in layers and slot.role is not Role.UNKNOWN and slot.name in plan:
-                plan[slot.name] = constant(0).because("ends a residual branch")
+        for param in layer_parameters(model):
+            if param.module_name in layers and param.role is not Role.UNKNOWN and param.name in plan:
+                plan[param.name] = constant(0).because("ends a residual branch")
         return plan
 
-    def rule(self, slot: Slot, wiring: Wiring) -> Fill | LeaveAlone | None:
-        return None if self.base is None else self.base.rule(slot, wiring)
+    def rule(self, param: LayerParameter, call_graph: CallGraph) -> Initializer | LeaveAlone | None:
+        return None if self.base is None else self.base.rule(param, call_graph)

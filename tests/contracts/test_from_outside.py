@@ -112,8 +112,8 @@ class Biases(Policy):
     def __init__(self, value: float = 0.01) -> None:
         self.value = value
 
-    def rule(self, slot: Any, wiring: Any) -> Any:
-        return constant(self.value) if slot.role is Role.BIAS else None
+    def rule(self, param: Any, call_graph: Any) -> Any:
+        return constant(self.value) if param.role is Role.BIAS else None
 
 
 OWN: list[tuple[Contract[Any], Callable[[], Any]]] = [

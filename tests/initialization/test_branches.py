@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stability_callbacks.initialization import Wiring
+from stability_callbacks.initialization import CallGraph
 from stability_callbacks.initialization._branches import residual_layers
 
 KERNELS = (nn.Linear, nn.Conv2d)
@@ -14,7 +14,7 @@ NORMS = (nn.BatchNorm2d, nn.LayerNorm)
 
 
 def ends(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
-    return residual_layers(Wiring(model), kinds or KERNELS)
+    return residual_layers(CallGraph(model), kinds or KERNELS)
 
 
 class Block(nn.Module):

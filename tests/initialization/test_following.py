@@ -11,12 +11,12 @@ import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor, nn
 
-from stability_callbacks.initialization import Wiring, activation_after
+from stability_callbacks.initialization import CallGraph, activation_after
 
 
 def found(model: nn.Module, name: str) -> str:
     """Name of the activation after a layer; empty for none."""
-    return activation_after(Wiring(model), name).name
+    return activation_after(CallGraph(model), name).name
 
 
 class Net(nn.Module):
@@ -92,10 +92,10 @@ def test_modules_that_end_the_search(stop: nn.Module) -> None:
 
 
 def test_settings_of_a_function_count() -> None:
-    wiring = Wiring(Net(lambda m, x: F.leaky_relu(x, 0.5)))
-    assert activation_after(wiring, "first").gain == pytest.approx(nn.init.calculate_gain("leaky_relu", 0.5))
-    wiring = Wiring(Net(lambda m, x: F.leaky_relu(x, negative_slope=0.5, inplace=True)))
-    assert activation_after(wiring, "first").gain == pytest.approx(nn.init.calculate_gain("leaky_relu", 0.5))
+    call_graph = CallGraph(Net(lambda m, x: F.leaky_relu(x, 0.5)))
+    assert activation_after(call_graph, "first").gain == pytest.approx(nn.init.calculate_gain("leaky_relu", 0.5))
+    call_graph = CallGraph(Net(lambda m, x: F.leaky_relu(x, negative_slope=0.5, inplace=True)))
+    assert activation_after(call_graph, "first").gain == pytest.approx(nn.init.calculate_gain("leaky_relu", 0.5))
 
 
 def test_a_shared_activation_module_follows_each_of_its_layers() -> None:
@@ -274,11 +274,11 @@ class CumulativeSum(nn.Module):
 
 
 def test_custom_activations_are_measured() -> None:
-    wiring = Wiring(nn.Sequential(nn.Linear(4, 4), Swish(), nn.Linear(4, 4), ScaledReLU()))
-    reference = activation_after(Wiring(nn.Sequential(nn.Linear(4, 4), nn.SiLU())), "0")
-    assert activation_after(wiring, "0").name == "Swish"
-    assert activation_after(wiring, "0").gain == pytest.approx(reference.gain, rel=1e-9)
-    assert activation_after(wiring, "2").gain == pytest.approx(2**0.5 / 2, rel=1e-9)
+    call_graph = CallGraph(nn.Sequential(nn.Linear(4, 4), Swish(), nn.Linear(4, 4), ScaledReLU()))
+    reference = activation_after(CallGraph(nn.Sequential(nn.Linear(4, 4), nn.SiLU())), "0")
+    assert activation_after(call_graph, "0").name == "Swish"
+    assert activation_after(call_graph, "0").gain == pytest.approx(reference.gain, rel=1e-9)
+    assert activation_after(call_graph, "2").gain == pytest.approx(2**0.5 / 2, rel=1e-9)
 
 
 @pytest.mark.parametrize("through", [DropPath(), CustomNorm()])

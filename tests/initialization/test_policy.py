@@ -15,15 +15,15 @@ from torch.nn.utils import parametrizations, parametrize
 
 from stability_callbacks.initialization import (
     Auto,
-    Fill,
+    CallGraph,
+    Initializer,
     InitReport,
     Kaiming,
+    LayerParameter,
     Normal,
     Orthogonal,
     Policy,
     Role,
-    Slot,
-    Wiring,
     Xavier,
     constant,
 )
@@ -35,7 +35,7 @@ class Everything(Policy):
     def __init__(self, value: float = 5.0) -> None:
         self.value = value
 
-    def rule(self, slot: Slot, wiring: Wiring) -> Fill | None:
+    def rule(self, param: LayerParameter, call_graph: CallGraph) -> Initializer | None:
         return constant(self.value)
 
 
@@ -337,10 +337,10 @@ def test_bare_parameters_as_a_model() -> None:
 
 def test_policies_of_ones_own_see_roles_and_fans() -> None:
     class LeCun(Policy):
-        def rule(self, slot: Slot, wiring: Wiring) -> Fill | None:
-            if slot.role is not Role.KERNEL:
+        def rule(self, param: LayerParameter, call_graph: CallGraph) -> Initializer | None:
+            if param.role is not Role.KERNEL:
                 return None
-            return Fill("LeCun", lambda tensor: tensor.normal_(0, slot.fan_in**-0.5))
+            return Initializer("LeCun", lambda tensor: tensor.normal_(0, param.fan_in**-0.5))
 
     layer = nn.Linear(400, 100)
     report = LeCun().apply(layer)

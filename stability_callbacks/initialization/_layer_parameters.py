@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from stability_callbacks.activations import named_modules, own_parameters
 from stability_callbacks.initialization._storage import obstacle, read, write
 
-__all__ = ["Role", "Slot", "slots"]
+__all__ = ["LayerParameter", "Role", "layer_parameters"]
 
 
 class Role(Enum):
@@ -52,10 +52,10 @@ class _Anatomy(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
+class LayerParameter:
     """One parameter in its place: under one name, in one layer.
 
-    A tied parameter has a slot for each of its names. A parametrised weight has one slot, named as its layer sees it.
+    A tied parameter is there under each of its names. A parametrized weight is there once, named as its layer sees it.
 
     Attributes:
         name: The parameter's full name, without the segments that wrappers add.
@@ -145,14 +145,14 @@ class Slot:
         return float(mean), float(variance.sqrt())
 
 
-def slots(model: nn.Module) -> Iterator[Slot]:
-    """The slots of a model, tied parameters under each of their names, in the order of ``named_modules``."""
+def layer_parameters(model: nn.Module) -> Iterator[LayerParameter]:
+    """The parameters of a model in their layers, tied ones under each of their names, in ``named_modules``' order."""
     for layer, module in named_modules(model, remove_duplicate=False):
         if isinstance(module, ParametrizationList):
-            continue  # its originals belong to the slot of the layer above
+            continue  # its originals belong to the layer above
         anatomy = _anatomy(module)
         for attribute, tensors, parametrization in own_parameters(module):
-            yield Slot(
+            yield LayerParameter(
                 name=f"{layer}.{attribute}" if layer else attribute,
                 module=module,
                 module_name=layer,

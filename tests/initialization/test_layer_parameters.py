@@ -8,16 +8,16 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
 
-from stability_callbacks.initialization import Role, Slot
-from stability_callbacks.initialization._slots import slots
+from stability_callbacks.initialization import LayerParameter, Role
+from stability_callbacks.initialization._layer_parameters import layer_parameters
 
 
-def slot(model: nn.Module, name: str) -> Slot:
-    return {each.name: each for each in slots(model)}[name]
+def param(model: nn.Module, name: str) -> LayerParameter:
+    return {each.name: each for each in layer_parameters(model)}[name]
 
 
 def roles(model: nn.Module) -> dict[str, Role]:
-    return {each.name: each.role for each in slots(model)}
+    return {each.name: each.role for each in layer_parameters(model)}
 
 
 FANS: list[tuple[nn.Module, float, float]] = [
@@ -44,13 +44,13 @@ FANS: list[tuple[nn.Module, float, float]] = [
 
 @pytest.mark.parametrize(("layer", "fan_in", "fan_out"), FANS, ids=str)
 def test_fans(layer: nn.Module, fan_in: float, fan_out: float) -> None:
-    weight = slot(layer, "weight")
+    weight = param(layer, "weight")
     assert (weight.fan_in, weight.fan_out) == (fan_in, fan_out)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(6, 4, 3, stride=2), nn.Bilinear(3, 5, 2)], ids=str)
 def test_fans_of_ordinary_layers_are_those_of_torch(layer: nn.Module) -> None:
-    weight = slot(layer, "weight")
+    weight = param(layer, "weight")
     assert isinstance(layer.weight, torch.Tensor)
     assert (weight.fan_in, weight.fan_out) == nn.init._calculate_fan_in_and_fan_out(layer.weight)
 
@@ -59,7 +59,7 @@ def test_fan_in_of_a_transposed_convolution_is_what_an_output_sums_over() -> Non
     layer = nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1, bias=False)
     nn.init.ones_(layer.weight)
     sums = layer(torch.ones(1, 6, 8, 8))[0, 0, 2:-2, 2:-2]
-    assert (sums == slot(layer, "weight").fan_in).all()
+    assert (sums == param(layer, "weight").fan_in).all()
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_recurrent_layers_have_a_linear_map_for_each_gate(layer: nn.Module, gate
         "bias_ih_l0": Role.BIAS,
         "bias_hh_l0": Role.BIAS,
     }
-    kernel = slot(layer, "weight_ih_l0")
+    kernel = param(layer, "weight_ih_l0")
     assert (kernel.blocks, kernel.fan_in, kernel.fan_out) == (gates, 3, 5)
 
 
@@ -81,9 +81,9 @@ def test_all_parameters_of_a_large_lstm_are_known() -> None:
     found = roles(lstm)
     assert len(found) == 2 * 2 * 5
     assert Role.UNKNOWN not in found.values()
-    upper = slot(lstm, "weight_ih_l1_reverse")
+    upper = param(lstm, "weight_ih_l1_reverse")
     assert (upper.blocks, upper.fan_in, upper.fan_out) == (4, 4, 5)
-    projection = slot(lstm, "weight_hr_l0")
+    projection = param(lstm, "weight_hr_l0")
     assert (projection.role, projection.blocks, projection.fan_in) == (Role.HIDDEN_KERNEL, 1, 5)
 
 
@@ -102,10 +102,10 @@ def test_attention_with_one_or_three_projections() -> None:
         "out_proj.weight": Role.KERNEL,
         "out_proj.bias": Role.BIAS,
     }
-    stacked = slot(joint, "in_proj_weight")
+    stacked = param(joint, "in_proj_weight")
     assert (stacked.blocks, stacked.fan_in, stacked.fan_out) == (3, 8, 8)
     apart = nn.MultiheadAttention(8, 2, kdim=5, vdim=6)
-    key = slot(apart, "k_proj_weight")
+    key = param(apart, "k_proj_weight")
     assert (key.role, key.blocks, key.fan_in, key.fan_out) == (Role.KERNEL, 1, 5, 8)
 
 
@@ -148,13 +148,13 @@ class Compiled(nn.Module):
 def test_names_go_without_the_segments_of_wrappers() -> None:
     model = Compiled(nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2))))
     assert [name for name, _ in model.named_parameters()] != ["0.weight", "0.bias"]
-    assert [each.name for each in slots(model)] == ["0.weight", "0.bias"]
+    assert [each.name for each in layer_parameters(model)] == ["0.weight", "0.bias"]
 
 
 def test_a_tied_parameter_has_a_slot_for_each_name() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     model[1].weight = model[0].weight
-    first, second = slots(model)
+    first, second = layer_parameters(model)
     assert (first.name, second.name) == ("0.weight", "1.weight")
     assert first.tensors[0] is second.tensors[0]
 
@@ -162,11 +162,11 @@ def test_a_tied_parameter_has_a_slot_for_each_name() -> None:
 def test_a_parametrised_weight_is_one_slot() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2)))
     assert roles(model) == {"0.weight": Role.KERNEL, "0.bias": Role.BIAS}
-    weight = slot(model, "0.weight")
+    weight = param(model, "0.weight")
     assert weight.shape == (2, 3)
     assert [tuple(tensor.shape) for tensor in weight.tensors] == [(2, 1), (2, 3)]
     assert torch.equal(weight.read(), model[0].weight)
 
 
 def test_a_lazy_parameter_has_no_shape() -> None:
-    assert slot(nn.LazyLinear(2), "weight").shape is None
+    assert param(nn.LazyLinear(2), "weight").shape is None

@@ -12,7 +12,7 @@ from stability_callbacks._names import plain_name
 from stability_callbacks.activations import modules_by_name
 from stability_callbacks.initialization._tracing import trace_forward
 
-__all__ = ["TORCH_TRANSFORMER_LAYERS", "Call", "Wiring", "is_torch_layer", "operation"]
+__all__ = ["TORCH_TRANSFORMER_LAYERS", "Call", "CallGraph", "is_torch_layer", "operation"]
 
 TORCH_TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _CONTAINER_FILES = {"torch.nn.modules.container", "torch.nn.modules.module"}
@@ -30,7 +30,7 @@ class Call(NamedTuple):
     node: Node
 
 
-class Wiring:
+class CallGraph:
     """How the layers of a model are connected.
 
     Each module's own ``forward`` is read by itself, with its children as single nodes, so one that cannot be read

@@ -9,14 +9,14 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from stability_callbacks.initialization._slots import Slot
+from stability_callbacks.initialization._layer_parameters import LayerParameter
 
 __all__ = [
     "DISTRIBUTIONS",
     "FANS",
     "Distribution",
     "Fan",
-    "Fill",
+    "Initializer",
     "constant",
     "kaiming",
     "normal",
@@ -31,7 +31,7 @@ DISTRIBUTIONS: tuple[Distribution, ...] = ("uniform", "normal")
 FANS: tuple[Fan, ...] = ("fan_in", "fan_out")
 
 
-class Fill(NamedTuple):
+class Initializer(NamedTuple):
     """What to write into a parameter.
 
     Attributes:
@@ -43,48 +43,50 @@ class Fill(NamedTuple):
     what: str
     draw: Callable[[Tensor], Any]
 
-    def because(self, reason: object) -> Fill:
+    def because(self, reason: object) -> Initializer:
         """The same, with a reason added to the words."""
         return self._replace(what=f"{self.what} ({reason})")
 
 
-def constant(value: float) -> Fill:
+def constant(value: float) -> Initializer:
     """The same number everywhere."""
-    return Fill({0.0: "zeros", 1.0: "ones"}.get(value, f"{value:g}"), lambda tensor: tensor.fill_(value))
+    return Initializer({0.0: "zeros", 1.0: "ones"}.get(value, f"{value:g}"), lambda tensor: tensor.fill_(value))
 
 
-def xavier(slot: Slot, gain: float, distribution: Distribution = "uniform") -> Fill:
+def xavier(param: LayerParameter, gain: float, distribution: Distribution = "uniform") -> Initializer:
     """Xavier's scheme for each linear map of a kernel."""
-    std = gain * math.sqrt(2.0 / (slot.fan_in + slot.fan_out))
-    return Fill(f"Xavier {distribution}{_per_block(slot)}, gain {gain:.3g}", _spread(std, distribution))
+    std = gain * math.sqrt(2.0 / (param.fan_in + param.fan_out))
+    return Initializer(f"Xavier {distribution}{_per_block(param)}, gain {gain:.3g}", _spread(std, distribution))
 
 
-def kaiming(slot: Slot, gain: float, mode: Fan = "fan_in", distribution: Distribution = "normal") -> Fill:
+def kaiming(
+    param: LayerParameter, gain: float, mode: Fan = "fan_in", distribution: Distribution = "normal"
+) -> Initializer:
     """Kaiming's scheme for each linear map of a kernel."""
-    fan = slot.fan_in if mode == "fan_in" else slot.fan_out
-    what = f"Kaiming {distribution}{_per_block(slot)}, {mode} {fan:g}, gain {gain:.3g}"
-    return Fill(what, _spread(gain / math.sqrt(fan), distribution))
+    fan = param.fan_in if mode == "fan_in" else param.fan_out
+    what = f"Kaiming {distribution}{_per_block(param)}, {mode} {fan:g}, gain {gain:.3g}"
+    return Initializer(what, _spread(gain / math.sqrt(fan), distribution))
 
 
-def orthogonal(slot: Slot, gain: float) -> Fill:
+def orthogonal(param: LayerParameter, gain: float) -> Initializer:
     """An orthogonal matrix (semi-orthogonal where it is not square) for each linear map of a kernel."""
 
     def draw(tensor: Tensor) -> None:
-        for block in tensor.chunk(slot.blocks):
+        for block in tensor.chunk(param.blocks):
             nn.init.orthogonal_(block, gain)
 
-    return Fill(f"orthogonal{_per_block(slot)}, gain {gain:.3g}", draw)
+    return Initializer(f"orthogonal{_per_block(param)}, gain {gain:.3g}", draw)
 
 
-def normal(slot: Slot, std: float) -> Fill:
+def normal(param: LayerParameter, std: float) -> Initializer:
     """Normal values; the padding row of an embedding is zero."""
-    return Fill(f"normal, std {std:.3g}", _padded(slot, partial(nn.init.normal_, std=std)))
+    return Initializer(f"normal, std {std:.3g}", _padded(param, partial(nn.init.normal_, std=std)))
 
 
-def trunc_normal(slot: Slot, std: float) -> Fill:
+def trunc_normal(param: LayerParameter, std: float) -> Initializer:
     """Normal values, drawn anew beyond two standard deviations; the padding row of an embedding is zero."""
     draw = partial(nn.init.trunc_normal_, std=std, a=-2 * std, b=2 * std)
-    return Fill(f"truncated normal, std {std:.3g}", _padded(slot, draw))
+    return Initializer(f"truncated normal, std {std:.3g}", _padded(param, draw))
 
 
 def _spread(std: float, distribution: Distribution) -> Callable[[Tensor], Any]:
@@ -93,8 +95,8 @@ def _spread(std: float, distribution: Distribution) -> Callable[[Tensor], Any]:
     return uniform if distribution == "uniform" else partial(nn.init.normal_, std=std)
 
 
-def _padded(slot: Slot, draw: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    padding_idx = getattr(slot.module, "padding_idx", None)
+def _padded(param: LayerParameter, draw: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    padding_idx = getattr(param.module, "padding_idx", None)
 
     def draw_padded(tensor: Tensor) -> None:
         draw(tensor)
@@ -104,5 +106,5 @@ def _padded(slot: Slot, draw: Callable[[Tensor], Any]) -> Callable[[Tensor], Any
     return draw_padded
 
 
-def _per_block(slot: Slot) -> str:
-    return f" per block ({slot.blocks})" if slot.blocks > 1 else ""
+def _per_block(param: LayerParameter) -> str:
+    return f" per block ({param.blocks})" if param.blocks > 1 else ""
