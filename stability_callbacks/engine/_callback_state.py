@@ -8,8 +8,11 @@ from typing import Any
 __all__ = ["STATE_VERSION", "load_in_place"]
 
 STATE_VERSION = 2
-"""Of states that hold a number; the first ones had none, and those of `StepGuard` and `LRSchedule` still have none. What a state lacks is as in a new object, and what a callback
-does not know is left alone, so that older and later states can be read."""
+"""Of states that hold a number; the first ones held none, nor do those of ``StepGuard`` and ``LRSchedule`` now.
+
+What a state lacks is as in a new object, and what a callback does not know is left alone, so that older and later
+states can be read.
+"""
 
 
 def load_in_place(live: list[Any], states: Sequence[Sequence[Any]], make: Callable[[], Any]) -> None:

@@ -79,7 +79,7 @@ class Training:
         self.module = module
         self.processes = Processes(trainer)
         # Not from `random`, whose state belongs to the user's run.
-        self.run: str = self.processes.gather(secrets.token_hex(4))[0]
+        self.run: str = trainer.strategy.broadcast(secrets.token_hex(4))
         self.window = AccumulationWindow(
             module, manual=not module.automatic_optimization, results=lambda: training_results(trainer)
         )
