@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stability_callbacks.diagnosis._source import SourceLine, is_users
-from stability_callbacks.diagnosis._values import describe, is_finite
+from stability_callbacks.diagnosis._values import describe, kinds
 
 __all__ = ["numeric_fault", "raising_line"]
 
@@ -43,7 +43,7 @@ def numeric_fault(error: BaseException, nearby: bool = True) -> str | None:
     Argument checks of ``torch.distributions``, a Cholesky factorization of a matrix that is not positive definite,
     ``multinomial`` of negative weights, ``binary_cross_entropy`` beyond [0, 1] and the like say so themselves. Another
     error counts if it does not speak of shapes, types and devices, and a tensor in a frame that it passed through holds
-    a value that is not finite.
+    NaN.
 
     Args:
         error: The exception, with its traceback.
@@ -70,7 +70,7 @@ def numeric_fault(error: BaseException, nearby: bool = True) -> str | None:
     if not nearby or _OF_CODE.search(text):
         return None
     for name, tensor in _tensors(error.__traceback__):
-        if not is_finite(tensor):
+        if "NaN" in kinds(tensor):  # infinities may be masks
             return f"{said} (`{name}` held {describe(tensor)})"
     return None
 

@@ -18,6 +18,11 @@ from stability_callbacks.engine._training import StepError, Training
 __all__ = ["StepErrors"]
 
 
+# Exceptions in a row that count because a tensor nearby holds NaN, and not by what they say: targets may hold NaN on
+# purpose, and then a mistake in the code raises in each step.
+_MOST_BY_NEIGHBORS = 3
+
+
 class StepErrors:
     """Stands between a model's ``training_step``, and its backward pass, and the trainer.
 
@@ -43,8 +48,9 @@ class StepErrors:
         self._catches = catches
         self._on_error = on_error
         self._drop_step = drop_step
+        self._by_neighbors = 0
         self._put_back: list[Callable[[], None]] = []
-        self._wrap(training.module, "training_step", self._after_step_failed, nearby=True)
+        self._wrap(training.module, "training_step", self._after_step_failed, nearby=True, passed=self._step_passed)
         if not training.processes.several:  # of several, one that breaks off would leave the others waiting
             self._wrap(training.trainer.strategy, "backward", self._after_backward_failed, nearby=False)
 
@@ -53,10 +59,10 @@ class StepErrors:
         while self._put_back:
             self._put_back.pop()()
 
-    def _wrap(self, owner: Any, name: str, recover: Callable[..., Any], nearby: bool) -> None:
+    def _wrap(self, owner: Any, name: str, recover: Callable[..., Any], nearby: bool, passed: Any = None) -> None:
         attributes = vars(owner)
         before = attributes.get(name)
-        attributes[name] = _Guarded(owner, name, partial(self._on_exception, recover, nearby))
+        attributes[name] = _Guarded(owner, name, partial(self._on_exception, recover, nearby), passed)
 
         def put_back() -> None:
             if before is None:
@@ -67,13 +73,17 @@ class StepErrors:
         self._put_back.append(put_back)
 
     def _on_exception(self, recover: Callable[..., Any], nearby: bool, error: Exception, *args: Any) -> Any:
-        reason, line = numeric_fault(error, nearby), raising_line(error)
+        reason, line = numeric_fault(error, nearby and self._by_neighbors < _MOST_BY_NEIGHBORS), raising_line(error)
         source = None if line is None else str(line)
+        self._by_neighbors = 0 if reason is None or numeric_fault(error, nearby=False) else self._by_neighbors + 1
         if reason is None or not self._catches or self._is_sharded():
             self._on_error(StepError(reason or f"{type(error).__name__}: {error}".splitlines()[0], source))
             raise error
         self._training.errors[self._training.trainer.global_step] = StepError(reason, source)
         return recover(*args)
+
+    def _step_passed(self) -> None:
+        self._by_neighbors = 0
 
     def _after_step_failed(self, *args: Any) -> Tensor | None:
         if self._training.module.automatic_optimization:
@@ -98,18 +108,24 @@ class StepErrors:
 class _Guarded:
     """A method that hides another one of the same name; copies and pickles of its owner get that one."""
 
-    def __init__(self, owner: Any, name: str, on_exception: Callable[..., Any]) -> None:
+    def __init__(
+        self, owner: Any, name: str, on_exception: Callable[..., Any], passed: Callable[[], None] | None = None
+    ) -> None:
         self.unguarded = getattr(owner, name)
         self._owner = owner
         self._name = name
         self._on_exception = on_exception
+        self._passed = passed
         update_wrapper(self, self.unguarded)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return self.unguarded(*args, **kwargs)
+            result = self.unguarded(*args, **kwargs)
         except Exception as error:  # noqa: BLE001  # it goes on where it is not caused by numbers
             return self._on_exception(error, *args)
+        if self._passed is not None:
+            self._passed()
+        return result
 
     def __reduce__(self) -> Any:
         return _bound, (getattr(type(self._owner), self._name), self._owner)

@@ -79,6 +79,7 @@ def test_a_check_of_the_users_own_counts_if_a_number_nearby_is_bad() -> None:
     [
         lambda: wrong_shape(NAN),
         lambda: wrong_key(NAN),
+        lambda: own_check(torch.full((3, 3), float("-inf"))),  # a mask
         lambda: torch.ones(2, device="meta").sum().item(),
         lambda: own_check(torch.ones(1)) or (_ for _ in ()).throw(ValueError("too many values to unpack")),
         lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("contains NaN")),

@@ -149,3 +149,20 @@ def test_a_copy_in_the_middle_of_training_trains_itself(copied: Any) -> None:
     assert model.training_step.__self__ is model
     with pytest.raises(ValueError, match="to satisfy the constraint"):
         model.loss(poison(make_batches(1)[0]))
+
+
+class ChecksLabels(NormNet):
+    """A mistake in the code, near targets that hold NaN on purpose."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        targets = torch.full((8,), float("nan"))
+        if batch_idx >= 2:
+            raise ValueError(f"unknown label {int(targets.isnan().sum())}")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_mistake_in_the_code_near_missing_values_soon_ends_training() -> None:
+    guard = StepGuard()
+    with pytest.raises(ValueError, match="unknown label 8"):
+        fit(ChecksLabels(), make_batches(20), [guard])
+    assert guard.skipped_steps == 3
