@@ -387,7 +387,10 @@ def test_a_second_fit_with_the_same_trainer_goes_on() -> None:
     for one, other in zip(whole, parts, strict=True):
         # The one remembers losses, and the second fit's optimizer begins anew; the other, names of new directories.
         if not isinstance(one, Rollback | FlightRecorder):
-            assert_same_bits(one.state_dict(), other.state_dict())
+            states = [callback.state_dict() for callback in (one, other)]
+            for state in states:
+                state.pop("rules", None)  # they remember norms
+            assert_same_bits(*states)
     assert list(logger.values("stability/skipped_steps")) == list(range(16))
 
 

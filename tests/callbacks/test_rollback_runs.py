@@ -276,7 +276,8 @@ def test_a_rollback_over_an_added_parameter_group(storage: str, tmp_path: Path) 
         (0.01, 2),
         (0.001, 2),
     ]
-    snapshot, restored = seen[3], seen[7]  # of step 4; after the rollback in step 8
+    # Of step 6, taken when the group was added; after the rollback in step 8.
+    snapshot, restored = seen[5], seen[7]
     assert_same_bits(restored[0], snapshot[0])
     assert_same_bits(restored[1], snapshot[1])
     assert all("head" in name for name in restored[1])
