@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stability_callbacks._validation import check_choice, check_integer, check_number, check_path
 from stability_callbacks.detection import LossLevel, StepEvidence, SustainedRise
+from stability_callbacks.diagnosis import describe_settings, vanishing_eps
 from stability_callbacks.engine import (
     STATE_VERSION,
     CheckpointError,
@@ -369,7 +370,13 @@ class Rollback(StabilityCallback):
         else:
             self._drop_if_risen()
         training.reshard()
+        told = training.processes.gather(next(filter(None, map(vanishing_eps, training.steps)), None))
         step = self._ring.restore()
+        if fault := next(filter(None, told), None):
+            action = f"restored the state of step {step}, training ends"
+            training.report(training.incident("update_arithmetic", {"setting": fault}, action, self._found_by))
+            self._give_up(training, f"{reason}, made so by the optimizer from finite gradients: {fault}", step)
+            return
         if self._rollbacks_in_row >= self.max_rollbacks:
             self._give_up(training, reason, step)
             return
@@ -403,8 +410,10 @@ class Rollback(StabilityCallback):
             )
         except CheckpointError as error:
             where = f"could not be written to {path} ({error}). Start again from an older checkpoint with a"
+        counted = f", after {rollbacks} rollbacks in a row (max_rollbacks)" if rollbacks else ""
+        optimizers = ", ".join(map(describe_settings, training.steps))
         self._diverged = (
-            f"Training has diverged: {reason}, after {rollbacks} rollbacks in a row (max_rollbacks). "
+            f"Training has diverged: {reason}{counted}. Updates were made by {optimizers}. "
             f"The last good state, of step {step}, {where} lower learning rate, harder clipping or other data."
         )
 

@@ -23,6 +23,7 @@ from stability_callbacks.diagnosis._retention import bundles, make_room, tensor_
 from stability_callbacks.diagnosis._signal import LossFunction, signal_report
 from stability_callbacks.diagnosis._signal_report import SignalFinding, SignalReport, SignalRow
 from stability_callbacks.diagnosis._storable import Unsaved
+from stability_callbacks.diagnosis._update_arithmetic import describe_settings, vanishing_eps
 
 __all__ = [
     "KINDS",
@@ -47,6 +48,7 @@ __all__ = [
     "bundles",
     "can_run_in_fork",
     "cure_of",
+    "describe_settings",
     "find_cause",
     "isolated",
     "kind_of",
@@ -62,6 +64,7 @@ __all__ = [
     "run_on_copy",
     "signal_report",
     "tensor_bytes",
+    "vanishing_eps",
     "write_bundle",
     "write_history",
 ]

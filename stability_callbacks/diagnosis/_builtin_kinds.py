@@ -232,3 +232,22 @@ register_kind(
         ),
     )
 )
+
+register_kind(
+    Kind(
+        name="update_arithmetic",
+        severity="error",
+        gravity=3,
+        color="#8a5a00",
+        dark_color="#e0b060",
+        title="The optimizer made weights that are not finite from gradients that are",
+        meaning=(
+            "A setting of the optimizer does not fit the type of the weights. Going back does not help, since the same "
+            "arithmetic follows."
+        ),
+        remedies=(
+            "Change the setting that the evidence names.",
+            "Keep the weights in float32: `precision='bf16-mixed'` or `'16-mixed'` instead of the `-true` ones.",
+        ),
+    )
+)
