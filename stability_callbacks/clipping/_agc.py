@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -114,6 +115,15 @@ class AGC(ClipRule):
         )
 
     def assign(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        parameters = list(parameters)
+        names = [name for name, _ in parameters]
+        for pattern in self._patterns:
+            if not any(map(pattern.search, names)):
+                few = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+                text = (
+                    f"AGC(exclude=[{pattern.pattern!r}]) matches no parameter, so it excludes nothing; there are: {few}"
+                )
+                warnings.warn(text, stacklevel=2)
         if self.exclude_last_layer:
             weights = [name for name, parameter in parameters if parameter.dim() > 1]
             if weights and all(name.isdigit() for name in weights):
@@ -123,7 +133,7 @@ class AGC(ClipRule):
     @torch.no_grad()
     def clip_(self, parameters: Parameters, norms: GradientNorms | None = None) -> ClipResult:
         every = named_parameters(parameters)
-        if self._last_layer is None:
+        if self.exclude_last_layer and self._last_layer is None:
             self.assign(every)
         pairs = NamedParameters(pair for pair in every if pair[1].grad is not None)
         norms = self.measure(pairs, norms)

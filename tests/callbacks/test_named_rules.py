@@ -45,6 +45,7 @@ def test_a_skipped_step_enters_no_statistic(name: str, fused: bool) -> None:
     assert_same_bits(healed, expected)
 
 
+@pytest.mark.filterwarnings("ignore:AGC.* matches no parameter")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", RULES)
 def test_rules_work_on_every_model(name: str, model: str) -> None:
@@ -67,3 +68,10 @@ def test_patterns_may_belong_to_another_optimizer() -> None:
 def test_patterns_that_do_not_fit_stop_the_fit_at_its_start(patterns: list[str]) -> None:
     with pytest.raises(MisconfigurationException, match="does not fit the model"):
         run(PerGroup(dict.fromkeys(patterns, NormClip())), make_batches(1))
+
+
+def test_an_exclusion_of_nothing_is_said() -> None:
+    with pytest.warns(
+        UserWarning, match=r"AGC\(exclude=\['clasifier'\]\) matches no parameter.*there are: net\.0\.weight"
+    ):
+        run(AGC(exclude=["clasifier"]), make_batches(1))
