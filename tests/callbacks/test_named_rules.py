@@ -18,7 +18,7 @@ RULES: dict[str, Any] = {
     "z": lambda: ZClip(warmup_steps=2),
     "outlier": lambda: OutlierClip(window=4, z_threshold=1.0, warmup_steps=2, warmup_ratio=0.1),
     "ada": lambda: AdaGC(warmup_steps=2),
-    "agc": lambda: AGC(clip=0.05, exclude=["head"]),
+    "agc": lambda: AGC(clip=0.05, exclude=["3|head"]),
     "group": lambda: PerGroup({"weight": AutoClip(30), ".*": NormClip(0.1)}),
 }
 
