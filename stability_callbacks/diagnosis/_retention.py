@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
@@ -80,7 +81,8 @@ def make_room(
         removed.append(replaceable.pop(0))
         number, size = number - 1, size - removed[-1].size
     for each in removed:
-        remove_atomically(each.path)
+        with suppress(FileNotFoundError):
+            remove_atomically(each.path)
     return True
 
 
@@ -108,11 +110,14 @@ def _stored(directory: Path) -> list[_Stored]:
     found = []
     for manifest in directory.glob("step=*/manifest.json"):
         path = manifest.parent
-        try:
-            manifest_of = read_manifest(path)
-            found.append(_Stored(path, manifest_of.written, tree_bytes(path), True, manifest_of.run))
-        except BundleError:
-            found.append(_Stored(path, 0, tree_bytes(path), False, None))
+        with suppress(FileNotFoundError):  # another process has removed it meanwhile
+            size = tree_bytes(path)
+            try:
+                manifest_of = read_manifest(path)
+                found.append(_Stored(path, manifest_of.written, size, True, manifest_of.run))
+            except BundleError:
+                if path.exists():
+                    found.append(_Stored(path, 0, size, False, None))
     return sorted(found, key=lambda each: (each.written, each.path))
 
 
