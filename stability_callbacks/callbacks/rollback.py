@@ -54,7 +54,7 @@ class Rollback(StabilityCallback):
     A :class:`~stability_callbacks.StepGuard` keeps single bad steps out; this is for what skipping can't heal: weights,
     buffers or optimizer state that are not finite, a loss that has risen and stays up, step after step skipped. It
     keeps a ring of snapshots (parameters, buffers, optimizer state, loss scaler, averaged models such as an EMA, and
-    what clip rules and detectors have learnt), each taken only when everything is finite and no step of the last
+    what clip rules and detectors have learned), each taken only when everything is finite and no step of the last
     ``patience`` ones was bad.
 
     A snapshot is on probation until the next one is due: if the loss has risen since by more than its noise (see

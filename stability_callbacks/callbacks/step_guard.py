@@ -42,9 +42,14 @@ class StepGuard(StabilityCallback):
     """Skips optimizer steps that detectors find bad, as if their batch had never been, and stops hopeless runs.
 
     A skipped step changes nothing: not the weights, nor any optimizer state, weight decay or step count, nor a buffer
-    such as batch normalization's statistics and counters, nor the statistics of clip rules. Only the clock goes on:
+    such as batch normalization's statistics and counters, nor a teacher that ``training_step`` moves, nor running
+    metrics (``self.log``, torchmetrics), nor the statistics of clip rules. Only the clock goes on:
     ``trainer.global_step`` and schedules, so that these end where they should. Under gradient accumulation the whole
     window of micro-batches is dropped. All ranks skip together.
+
+    An exception that bad numbers caused (``torch.distributions`` of NaN, a failed Cholesky factorization, a bare
+    ``Exception`` beside a loss of NaN) makes a bad step, too; others end training as usual. In the backward pass this
+    holds with one process only, and under FSDP2 not at all.
 
     While it is active, ``ModelCheckpoint`` writes no state that is not finite: it keeps the checkpoints that it has.
 

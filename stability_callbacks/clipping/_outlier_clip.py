@@ -26,7 +26,7 @@ class OutlierClip(AdaptiveNormClip):
     r"""Clip the total norm only where it stands out from the norms of the run's last steps; leave all others alone.
 
     The rule for a run that you know nothing of: it bounds what explodes, and does not slow what is sound, in whatever
-    units the loss is and at whatever rate it is learnt. It cures no learning rate that is too high: where ordinary
+    units the loss is and at whatever rate it is learned. It cures no learning rate that is too high: where ordinary
     steps must be clipped, as in many recurrent networks, take :class:`~stability_callbacks.clipping.NormClip`.
 
     .. math:: \tau = \max\Big(\text{min\_threshold}, \;
@@ -44,7 +44,7 @@ class OutlierClip(AdaptiveNormClip):
     - In the first ``warmup_steps`` there is nothing to compare with, and the weights give the scale:
       :math:`\tau = \max(\text{min\_threshold}, \; \text{warmup\_ratio} \cdot \max(\lVert w \rVert, 1))` with the norm
       of all weights at the first step. An explosion at the start is bounded; norms of a sound start lie far below.
-      What is then learnt are the norms before clipping, so a run in large units is free after the warm-up.
+      What is then learned are the norms before clipping, so a run in large units is free after the warm-up.
 
     Zero and non-finite norms are left out of everything.
 
