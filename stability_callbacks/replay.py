@@ -63,6 +63,12 @@ def import_factory(name: str) -> Callable[..., nn.Module]:
     module, separator, attribute = name.partition(":")
     if not (module and separator and attribute):
         raise ReplayError(f"--model must be of the form package.module:Class, got {name!r}")
+    if module == "__main__":
+        raise ReplayError(
+            f"{name} was defined in the script that was run, and here that is another program. Give the script's own "
+            f"name: of train.py, --model train:{attribute}. It is imported, so its training must stand under "
+            'if __name__ == "__main__".'
+        )
     try:
         factory = attrgetter(attribute)(import_module(module))
     except (ImportError, AttributeError) as error:

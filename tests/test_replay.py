@@ -305,6 +305,7 @@ def test_a_bundle_without_tensors_is_refused(missing: str) -> None:
         ("no_such_package:Model", "No module named 'no_such_package'"),
         ("torch.nn:NoSuchLayer", "NoSuchLayer"),
         ("torch.nn:__name__", "must be a class or a function"),
+        ("__main__:Model", "of train.py, --model train:Model"),
     ],
 )
 def test_names_that_can_not_be_imported_are_refused(name: str, message: str) -> None:

@@ -412,8 +412,10 @@ class Rollback(StabilityCallback):
             where = f"could not be written to {path} ({error}). Start again from an older checkpoint with a"
         counted = f", after {rollbacks} rollbacks in a row (max_rollbacks)" if rollbacks else ""
         optimizers = ", ".join(map(describe_settings, training.steps))
+        cause = next(reversed(training.causes.values()), None)
+        caused = "" if cause is None else f"The cause last found: {cause}. "
         self._diverged = (
-            f"Training has diverged: {reason}{counted}. Updates were made by {optimizers}. "
+            f"Training has diverged: {reason}{counted}. {caused}Updates were made by {optimizers}. "
             f"The last good state, of step {step}, {where} lower learning rate, harder clipping or other data."
         )
 

@@ -62,7 +62,7 @@ def _warn(names: list[str], what: str, consequence: str) -> None:
     rank_zero_warn(
         f"There are {len(names)} {what} among the trainer's callbacks ({', '.join(names)}): {consequence}. If one of "
         "them came with stability_suite(), replace it there: "
-        "[each for each in stability_suite(kind) if not isinstance(each, ...)] + [yours]."
+        f"[each for each in stability_suite(kind) if not isinstance(each, {names[0]})] + [yours]."
     )
 
 

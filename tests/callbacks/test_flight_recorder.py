@@ -429,6 +429,13 @@ def test_the_cause_is_in_the_warning_the_error_and_the_table(
     assert "batch[0]" in capsys.readouterr().out
 
 
+def test_the_error_of_a_rollback_that_gives_up_names_the_cause_too(tmp_path: Path) -> None:
+    batches = [*make_batches(2), *map(poison, make_batches(6))]
+    rollback = Rollback(patience=2, max_rollbacks=0, dirpath=tmp_path)
+    with pytest.raises(TrainingDivergedError, match=r"The cause last found: batch\[0\] held \d+ NaN"):
+        fit(NormNet(), batches, [StepGuard(), rollback, FlightRecorder(tmp_path)])
+
+
 def test_incidents_beyond_the_searched_ones_share_their_cause(tmp_path: Path) -> None:
     batches = [poison(batch) for batch in make_batches(5)]
     fit(NormNet(), batches, [StepGuard(), FlightRecorder(tmp_path, max_bundles=2)])
