@@ -228,12 +228,12 @@ class StepGuard(StabilityCallback):
         self._consecutive_skips += 1
         if self._skipped_steps <= _ANNOUNCED_SKIPS or str(self._skipped_steps).strip("0") == "1":
             self._unannounced.append((record, self._describe(record), self._skipped_steps))
+        if self._diverged is None and (reason := self._judge(record)):
+            self._diverged = reason, record
         if self._lifecycle is not None:
             found = self._found.get(record.optimizer)
             evidence = {} if found is None else found.evidence()
             self.training.report(self.training.step_incident(record, "skipped", evidence))
-        if self._diverged is None and (reason := self._judge(record)):
-            self._diverged = reason, record
 
     def announce(self, training: Training) -> None:
         announcements, self._unannounced = self._unannounced, []
@@ -278,6 +278,9 @@ class StepGuard(StabilityCallback):
 
     def _describe(self, record: StepRecord) -> str:
         where = f"step {record.global_step} (epoch {record.epoch}, batch {record.batch_idx}, {record.optimizer})"
+        error = None if self._lifecycle is None else self.training.errors.get(record.global_step)
+        if error is not None:
+            return f"{where}: {error.text}{'' if error.source is None else f', raised at {error.source}'}"
         seen = f"{' and '.join(record.votes)}: loss {record.loss:g}, gradient norm {record.norm:g}"
         elsewhere = "" if record.found_here else "; found by another process"
         found = self._found.get(record.optimizer)
