@@ -114,7 +114,7 @@ def test_without_somebody_to_skip_it_the_exception_goes_on(callbacks: Any, tmp_p
 
 def test_the_same_bounds_hold() -> None:
     bad = [poison(batch) for batch in make_batches(6)]
-    with pytest.raises(TrainingDivergedError, match="3 steps in a row .*ValueError: Expected parameter loc"):
+    with pytest.raises(TrainingDivergedError, match=r"3 steps in a row .*ValueError: Expected parameter loc"):
         fit(Likelihood(), bad, [StepGuard(max_consecutive_skips=3)])
 
 
