@@ -25,6 +25,7 @@ from stability_callbacks.engine._lightning import (
     check_private_names,
     is_placeholder,
     should_accumulate,
+    untoggle_optimizers,
     unwrapped,
 )
 from stability_callbacks.engine._logger_writes import LoggerWrites
@@ -335,6 +336,7 @@ class StepLifecycle:
             each.finish_if_over()
         self._stepped = self._steps_seen = True
         training.window.take_loss()
+        untoggle_optimizers(training.module)
         life.drop(torch.full((), float("nan"), device=training.processes.device))
         for step in training.steps.values():
             for _, parameter in step.parameters:

@@ -43,6 +43,7 @@ __all__ = [
     "should_accumulate",
     "training_loaders",
     "training_results",
+    "untoggle_optimizers",
     "unwrapped",
     "without_optimizers",
 ]
@@ -200,6 +201,14 @@ def unwrapped(optimizer: Any) -> Optimizer:
 def is_placeholder(optimizer: Optimizer) -> bool:
     """Whether an optimizer only stands in for one that ``configure_optimizers`` did not give."""
     return type(optimizer).__name__ == "_MockOptimizer"
+
+
+def untoggle_optimizers(module: pl.LightningModule) -> None:
+    """Undo what ``toggle_optimizer`` did where an exception kept ``untoggle_optimizer`` from being called."""
+    state: dict[Any, bool] = dict(module._param_requires_grad_state)  # its keys are parameters, not names
+    for parameter, requires_grad in state.items():
+        parameter.requires_grad = requires_grad
+    module._param_requires_grad_state = {}
 
 
 def configured_optimizers(module: pl.LightningModule) -> tuple[list[Optimizer], list[Any]]:

@@ -172,3 +172,40 @@ def test_a_mistake_in_the_code_near_missing_values_soon_ends_training() -> None:
     with pytest.raises(ValueError, match="unknown label 8"):
         fit(ChecksLabels(), make_batches(20), [guard])
     assert guard.skipped_steps == 3
+
+
+def test_optimizers_are_untoggled_after_an_exception() -> None:
+    class Toggling(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.first, self.second = nn.Linear(2, 1), nn.Linear(2, 1)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            for layer, optimizer in zip((self.first, self.second), self.optimizers(), strict=True):
+                self.toggle_optimizer(optimizer)
+                out = layer(batch)
+                torch.distributions.Normal(out, 1.0, validate_args=True)
+                optimizer.zero_grad()
+                self.manual_backward(out.pow(2).mean())
+                optimizer.step()
+                self.untoggle_optimizer(optimizer)
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            return [torch.optim.SGD(layer.parameters(), 0.1) for layer in (self.first, self.second)]
+
+    batches = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
+    batches[1, 0, 0] = float("nan")
+    model, guard = Toggling(), StepGuard()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[guard],
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    assert guard.skipped_steps == 1
+    assert all(parameter.requires_grad for parameter in model.parameters())
