@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,6 +14,7 @@ from stability_callbacks.engine._optimizer_hooks import OptimizerHooks, obeys_fo
 from stability_callbacks.engine._records import PendingRecord
 from stability_callbacks.engine._step import OptimizerStep
 from stability_callbacks.engine._training import Training
+from stability_callbacks.engine._training_state import loss_scaler
 from stability_callbacks.engine._verdict import Verdict, reach_verdict
 from stability_callbacks.gradient_pass import GradientPass
 from stability_callbacks.snapshots import GroupWrites
@@ -63,7 +64,7 @@ class StepLife:
         trainer = training.trainer
         step.measured = True
         step.global_step, step.batch_idx = trainer.global_step, training.batch_idx
-        scale = _loss_scale(trainer.precision_plugin, trainer.strategy.root_device)
+        scale = _loss_scale(trainer)
         step.loss = step.own_loss = loss if loss is None or scale is None else loss / scale
         if training.processes.several and any(each.compares_losses() for each in participants["compares_losses"]):
             step.loss = training.processes.mean(step.loss)
@@ -175,10 +176,10 @@ class StepLife:
         self.step.rates.restore()
 
 
-def _loss_scale(precision_plugin: Any, device: torch.device) -> Tensor | None:
-    """The loss scale in force, 0-dim on the given device, without waiting for it; None if there is no scaler."""
-    scaler = getattr(precision_plugin, "scaler", None)
-    if scaler is None or not scaler.is_enabled():
+def _loss_scale(trainer: pl.Trainer) -> Tensor | None:
+    """The loss scale in force, 0-dim on the trainer's device, without waiting for it; None if there is no scaler."""
+    scaler = loss_scaler(trainer)
+    if scaler is None:
         return None
-    scale: Tensor = scaler.scale(torch.ones((), device=device))
+    scale: Tensor = scaler.scale(torch.ones((), device=trainer.strategy.root_device))
     return scale
