@@ -108,7 +108,7 @@ class StepLifecycle:
             statistics=self._statistics,
             forget_failures=self._forget_failures,
         )
-        warn_of_doubles(self._participants.all)
+        warn_of_doubles(self._participants)
         warn_of_anomaly_detection(self.trainer)
         self._follow_optimizers()
         if not any(parameter.requires_grad for step in training.steps.values() for _, parameter in step.parameters):

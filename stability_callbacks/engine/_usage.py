@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from stability_callbacks.engine._hooks import Phase, StepHooks
+from stability_callbacks.engine._hooks import Participants, Phase, StepHooks
 
 __all__ = ["warn_of_anomaly_detection", "warn_of_doubles"]
 
@@ -20,24 +20,16 @@ _ONCE = {
 }
 
 
-def warn_of_doubles(callbacks: Iterable[StepHooks]) -> None:
+def warn_of_doubles(participants: Participants) -> None:
     """Warn where two callbacks do the same work, as a suite and a callback of the user's own beside it.
 
     Args:
-        callbacks: The callbacks of a trainer.
+        participants: The callbacks of a trainer.
     """
-    found: dict[str, list[str]] = {}
-    for callback in callbacks:
-        if callback.phase in _ONCE:
-            found.setdefault(" ".join(_ONCE[callback.phase]), []).append(type(callback).__name__)
-        elif _overrides(callback, "clip"):
-            found.setdefault("clip", []).append(type(callback).__name__)
     for phase, (what, consequence) in _ONCE.items():
-        names = found.get(" ".join(_ONCE[phase]), [])
-        if len(names) > 1:
-            _warn(names, what, consequence)
-    if len(found.get("clip", [])) > 1:
-        _warn(found["clip"], "clippings", "gradients are clipped by one after the other")
+        _warn_of_several([each for each in participants.all if each.phase == phase], what, consequence)
+    clipping = [each for each in participants["clip"] if each.phase not in _ONCE]
+    _warn_of_several(clipping, "clippings", "gradients are clipped by one after the other")
 
 
 def warn_of_anomaly_detection(trainer: pl.Trainer) -> None:
@@ -58,13 +50,12 @@ def warn_of_anomaly_detection(trainer: pl.Trainer) -> None:
         )
 
 
-def _warn(names: list[str], what: str, consequence: str) -> None:
+def _warn_of_several(callbacks: Sequence[StepHooks], what: str, consequence: str) -> None:
+    if len(callbacks) < 2:
+        return
+    names = [type(each).__name__ for each in callbacks]
     rank_zero_warn(
         f"There are {len(names)} {what} among the trainer's callbacks ({', '.join(names)}): {consequence}. If one of "
         "them came with stability_suite(), replace it there: "
         f"[each for each in stability_suite(kind) if not isinstance(each, {names[0]})] + [yours]."
     )
-
-
-def _overrides(callback: StepHooks, hook: str) -> bool:
-    return getattr(type(callback), hook) is not getattr(StepHooks, hook)
