@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stability_callbacks._validation import check_bool, check_integer, check_path
@@ -297,7 +296,7 @@ class FlightRecorder(StabilityCallback):
 
     def _find_cause(self, training: Training, window: list[_MicroBatch]) -> Cause:
         module, precision = training.module, training.trainer.precision_plugin
-        if _is_sharded(module):
+        if training.is_sharded:
             return _not_found("not looked for: the model is sharded, and one process can't run it alone")
         if self._search_hung:
             return _not_found("not looked for: an earlier search did not end")
@@ -334,7 +333,8 @@ class FlightRecorder(StabilityCallback):
         assert incident.optimizer is not None
         directory = self._directory / "bundles"
         batches: list[Any] | None = [micro_batch.batch for micro_batch in window]
-        weights = None if _is_sharded(module) else module.state_dict()
+        is_sharded = training.is_sharded
+        weights = None if is_sharded else module.state_dict()
         if not self.save_batch or not window:
             batches = weights = None
         room = partial(
@@ -364,7 +364,7 @@ class FlightRecorder(StabilityCallback):
                 "batch_indices": [micro_batch.batch_idx for micro_batch in window],
                 "accumulate": len(window),
                 "weights_of_step": trainer.global_step,
-                "without_weights": "the model is sharded" if _is_sharded(module) else None,
+                "without_weights": "the model is sharded" if is_sharded else None,
                 "optimizer": incident.optimizer,
             },
         )
@@ -468,7 +468,3 @@ def _is_nonfinite(window: Sequence[_MicroBatch]) -> bool:
     """Whether there is NaN or infinity in the batches."""
     magnitudes = [input_magnitude(micro_batch.batch) for micro_batch in window]
     return any(magnitude is not None and not torch.isfinite(magnitude) for magnitude in magnitudes)
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())

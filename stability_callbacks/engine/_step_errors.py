@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from stability_callbacks.diagnosis import numeric_fault, raising_line
 from stability_callbacks.engine._training import StepError, Training
@@ -76,7 +75,7 @@ class StepErrors:
         reason, line = numeric_fault(error, nearby and self._by_neighbors < _MOST_BY_NEIGHBORS), raising_line(error)
         source = None if line is None else str(line)
         self._by_neighbors = 0 if reason is None or numeric_fault(error, nearby=False) else self._by_neighbors + 1
-        if reason is None or not self._catches or self._is_sharded():
+        if reason is None or not self._catches or self._training.is_sharded:
             self._on_error(StepError(reason or f"{type(error).__name__}: {error}".splitlines()[0], source))
             raise error
         self._training.errors[self._training.trainer.global_step] = StepError(reason, source)
@@ -100,9 +99,6 @@ class StepErrors:
             return [each for each in self._training.module.parameters() if each.requires_grad]
         steps = self._training.steps.values()
         return [parameter for step in steps for _, parameter in step.parameters if parameter.requires_grad]
-
-    def _is_sharded(self) -> bool:
-        return any(isinstance(parameter, DTensor) for parameter in self._training.module.parameters())
 
 
 class _Guarded:

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stability_callbacks._names import plain_name
@@ -131,6 +132,11 @@ class Training:
     def buffers(self) -> BufferBackup | None:
         """The backup of the model's buffers, if a callback asked for one."""
         return self.window.buffers
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the parameters only, as under FSDP2."""
+        return any(isinstance(parameter, DTensor) for parameter in self.module.parameters())
 
     def reshard(self) -> None:
         """Give FSDP2 modules the parameters that the optimizer knows, which they have not after a validation."""
