@@ -21,6 +21,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "_atomic": (),
     "_names": (),
     "_nesting": (),
+    "_optimizers": (),
     "_validation": (),
     "_device_state": (),
     "_patterns": ("_validation",),
@@ -34,13 +35,23 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "schedules": ("_validation",),
     "detection": ("_device_state", "_nesting", "_validation", "gradient_pass"),
     "clipping": ("_device_state", "_patterns", "_validation", "gradient_pass", "schedules"),
-    "snapshots": ("_validation", "gradient_pass"),
+    "snapshots": ("_optimizers", "_validation", "gradient_pass"),
     "faults": ("_names", "_nesting", "_validation", "activations", "gradient_pass", "snapshots"),
     "diagnosis": ("_atomic", "_names", "_nesting", "_validation", "activations", "gradient_pass", "snapshots"),
     "initialization": ("_names", "_validation", "activations", "diagnosis"),
     "report": ("_atomic", "diagnosis"),
     # Third storey: what drives the callbacks.
-    "engine": ("_atomic", "_names", "clipping", "diagnosis", "errors", "gradient_pass", "schedules", "snapshots"),
+    "engine": (
+        "_atomic",
+        "_names",
+        "_optimizers",
+        "clipping",
+        "diagnosis",
+        "errors",
+        "gradient_pass",
+        "schedules",
+        "snapshots",
+    ),
     # Fourth storey: the callbacks themselves, and a step once more from its bundle.
     "callbacks": (
         "_patterns",

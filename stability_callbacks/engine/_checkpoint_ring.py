@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from stability_callbacks._atomic import atomic_path, remove_atomically
+from stability_callbacks._optimizers import parameters_of
 from stability_callbacks.engine._lightning import (
     MisconfigurationException,
     both,
@@ -146,7 +147,7 @@ class CheckpointRing:
         """Write a checkpoint, under its name only once it is complete on disk; one that can't be is done without."""
         trainer = self._trainer
         states = [_StateOf(optimizer) for optimizer in trainer.optimizers]
-        parameters = [_parameters_of(optimizer) for optimizer in trainer.optimizers]
+        parameters = [parameters_of(optimizer) for optimizer in trainer.optimizers]
         name_of = {id(each): name for name, each in trainer.lightning_module.named_parameters()}
         names = [[name_of.get(id(each), "") for each in own] for own in parameters]
         buffers = BufferBackup(trainer.lightning_module)
@@ -294,7 +295,7 @@ class _StateOf:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = parameters_of(optimizer)
         self.absent = not optimizer.state
         # To read an optimizer without state, torch.distributed.checkpoint makes it one by a step, if there is no
         # gradient yet.
@@ -347,14 +348,10 @@ def _compare_owner(checkpoint: Mapping[str, Any], run: str) -> None:
         raise RuntimeError("it was written by another run")
 
 
-def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def _for_groups_of_now(state: dict[str, Any], then: Sequence[Tensor | None], optimizer: Optimizer) -> dict[str, Any]:
     """A saved optimizer state as if its parameters had been grouped then as they are now; new ones have none."""
     places = {id(parameter): place for place, parameter in enumerate(then) if parameter is not None}
-    now = _parameters_of(optimizer)
+    now = parameters_of(optimizer)
     saved = state["state"]
     kept = {key: value for key, value in saved.items() if not isinstance(key, int)}
     kept |= {

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from stability_callbacks._optimizers import is_of_torch, parameters_of
 from stability_callbacks.engine._lightning import MisconfigurationException
 
 __all__ = ["OptimizerHooks", "obeys_found_inf", "several_closures"]
@@ -214,14 +215,14 @@ class _EarlyWrites:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._writes: bool | None = False if type(optimizer).__module__.startswith("torch.optim") else None
+        self._writes: bool | None = False if is_of_torch(optimizer) else None
         self._backup: list[tuple[Tensor, Tensor, int]] = []
 
     @torch.no_grad()
     def look(self) -> None:
         """The step begins."""
         if self._writes is not False:
-            parameters = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
+            parameters = parameters_of(self._optimizer)
             self._backup = [(each, each.detach().clone(), each._version) for each in parameters]
 
     def compare(self) -> None:

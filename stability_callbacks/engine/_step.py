@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stability_callbacks._optimizers import parameters_of
 from stability_callbacks.clipping import ClipResult
 from stability_callbacks.engine._learning_rates import LearningRates
 from stability_callbacks.engine._records import PendingRecord
@@ -71,7 +72,7 @@ class OptimizerStep:
         self.written_entries: set[str] = set()
         self._names = names
         self._named: tuple[list[Tensor], NamedParameters] = ([], NamedParameters())
-        self._seen = self._members()
+        self._seen = parameters_of(self.optimizer)
         self.global_step = self.batch_idx = 0
         self.forget()
 
@@ -89,12 +90,12 @@ class OptimizerStep:
     def parameters(self) -> NamedParameters:
         """Its parameters as they are now, with their names in the model."""
         if not self._holds():
-            self._named = (self._members(), self._name_parameters())
+            self._named = (parameters_of(self.optimizer), self._name_parameters())
         return self._named[1]
 
     def parameters_changed(self) -> bool:
         """Whether it has other parameters than at the last call of this, or at first."""
-        members, known = self._members(), self._seen
+        members, known = parameters_of(self.optimizer), self._seen
         self._seen = members
         return not _same(members, known)
 
@@ -166,11 +167,8 @@ class OptimizerStep:
             values=torch.stack([number.to(norm.device, torch.float32) for number in numbers]),
         )
 
-    def _members(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
     def _holds(self) -> bool:
-        return _same(self._members(), self._named[0])
+        return _same(parameters_of(self.optimizer), self._named[0])
 
     def _name_parameters(self) -> NamedParameters:
         names = {id(parameter): name for name, parameter in self._names()}

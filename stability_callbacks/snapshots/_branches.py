@@ -9,6 +9,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from stability_callbacks._optimizers import parameters_of
 from stability_callbacks.snapshots._group_entries import optimizers_within
 
 __all__ = ["Branch", "module_branches", "optimizer_branches", "scaler_branch"]
@@ -58,8 +59,7 @@ def module_branches(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Branch
 
 def optimizer_branches(name: str, optimizer: Optimizer, known: set[int]) -> Iterator[Branch]:
     """The state of an optimizer and those it wraps, after its parameters whose identity is not known from modules."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    others = [parameter for parameter in parameters if id(parameter) not in known]
+    others = [parameter for parameter in parameters_of(optimizer) if id(parameter) not in known]
     if others:
         yield Branch(name, _Loose({"params": others}), "content", fixed=True)
     seen: set[int] = set()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stability_callbacks._optimizers import is_of_torch
 from stability_callbacks.snapshots._nested import map_leaves
 
 __all__ = ["GroupEntries", "GroupWrites", "entries_of", "optimizers_within"]
@@ -43,7 +44,7 @@ class GroupWrites:
     def __init__(self, optimizer: Any, written: set[str]) -> None:
         self._optimizer = optimizer
         self._written = written
-        self._known = type(optimizer).__module__.startswith("torch.optim.")
+        self._known = is_of_torch(optimizer)
         self._before: list[dict[str, Any]] = []
 
     def look(self) -> None:
