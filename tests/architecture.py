@@ -19,6 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Ground floor: no room of its own ideas knows another.
     "errors": (),
     "_atomic": (),
+    "_identity": (),
     "_names": (),
     "_nesting": (),
     "_optimizers": (),
@@ -35,7 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "schedules": ("_validation",),
     "detection": ("_device_state", "_nesting", "_validation", "gradient_pass"),
     "clipping": ("_device_state", "_patterns", "_validation", "gradient_pass", "schedules"),
-    "snapshots": ("_optimizers", "_validation", "gradient_pass"),
+    "snapshots": ("_identity", "_optimizers", "_validation", "gradient_pass"),
     "faults": ("_names", "_nesting", "_validation", "activations", "gradient_pass", "snapshots"),
     "diagnosis": ("_atomic", "_names", "_nesting", "_validation", "activations", "gradient_pass", "snapshots"),
     "initialization": ("_names", "_validation", "activations", "diagnosis"),
@@ -43,6 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Third storey: what drives the callbacks.
     "engine": (
         "_atomic",
+        "_identity",
         "_names",
         "_optimizers",
         "clipping",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import is_
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import LBFGS, Optimizer
 
+from stability_callbacks._identity import same_objects
 from stability_callbacks.diagnosis import Incident
 from stability_callbacks.engine._checkpoint_gate import CheckpointGate
 from stability_callbacks.engine._hooks import Participants, StepHooks
@@ -266,7 +266,7 @@ class StepLifecycle:
         """
         training = self.training
         optimizers = [each for each in map(unwrapped, self.trainer.optimizers) if not is_placeholder(each)]
-        if len(optimizers) == len(self._lives) and all(map(is_, optimizers, self._lives)):
+        if same_objects(optimizers, self._lives):
             return False
         for life in self._lives.values():
             life.finish_if_over()

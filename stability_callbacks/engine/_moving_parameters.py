@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from operator import is_not
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
+from stability_callbacks._identity import same_objects
 from stability_callbacks.gradient_pass import group_by_device_and_dtype
 
 __all__ = ["MovingParameters"]
@@ -45,7 +45,7 @@ class MovingParameters:
     def refresh(self) -> None:
         """Look for parameters that were added, or that an optimizer has got since."""
         watched = _candidates(self._module, self._trained())
-        if len(watched) != len(self._watched) or any(map(is_not, watched, self._watched)):
+        if not same_objects(watched, self._watched):
             self._watched, self._copies = watched, []
         self._backups = 0
 

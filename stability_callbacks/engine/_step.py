@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import is_
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stability_callbacks._identity import same_objects
 from stability_callbacks._optimizers import parameters_of
 from stability_callbacks.clipping import ClipResult
 from stability_callbacks.engine._learning_rates import LearningRates
@@ -97,7 +97,7 @@ class OptimizerStep:
         """Whether it has other parameters than at the last call of this, or at first."""
         members, known = parameters_of(self.optimizer), self._seen
         self._seen = members
-        return not _same(members, known)
+        return not same_objects(members, known)
 
     @property
     def skip(self) -> Tensor | None:
@@ -168,7 +168,7 @@ class OptimizerStep:
         )
 
     def _holds(self) -> bool:
-        return _same(parameters_of(self.optimizer), self._named[0])
+        return same_objects(parameters_of(self.optimizer), self._named[0])
 
     def _name_parameters(self) -> NamedParameters:
         names = {id(parameter): name for name, parameter in self._names()}
@@ -177,11 +177,6 @@ class OptimizerStep:
             for group_index, group in enumerate(self.optimizer.param_groups)
             for position, parameter in enumerate(group["params"])
         )
-
-
-def _same(some: list[Tensor], others: list[Tensor]) -> bool:
-    # By identity of living objects: an id may be given to another one once its owner is gone.
-    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def optimizer_labels(optimizers: Sequence[Optimizer]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import is_
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from stability_callbacks._identity import same_objects
 from stability_callbacks.gradient_pass import group_by_device_and_dtype
 from stability_callbacks.snapshots._branches import Branch
 from stability_callbacks.snapshots._copies import HostMemory, Layout, TensorCopy, Transfer
@@ -73,12 +73,7 @@ class Survey:
     def holds(self) -> bool:
         """Look again: whether modules, containers, keys and tensors are the same objects, with the same memory."""
         structure, self.values = self._take_apart()
-        return (
-            self._complete
-            and len(structure) == len(self._structure)
-            and all(map(is_, structure, self._structure))
-            and self._look() == self._where
-        )
+        return self._complete and same_objects(structure, self._structure) and self._look() == self._where
 
     def room(self, retired: Snapshot | None) -> list[TensorCopy]:
         """Room for copies of the tensors; of those that are not dense, clones.
