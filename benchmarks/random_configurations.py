@@ -232,8 +232,9 @@ def _batches(case: Case, faulty: bool = False) -> list[Batch]:
         if faulty and place in case.places:
             spoiled = [(x.clone(), y) for x, y in window]
             values = spoiled[case.bad_micro_batch][0]
-            values[:1, :1] = float("nan") if case.fault == "one nan" else values[:1, :1]
-            if case.fault != "one nan":
+            if case.fault == "one nan":
+                values[0, 0] = float("nan")
+            else:
                 values.fill_(float(case.fault))
             windows.append(spoiled)
         windows.append(window)

@@ -44,9 +44,9 @@ class Outcome:
     """What became of a training: its metric, or the exception that ended it; and what is on record."""
 
     metric: float
-    error: str = ""
-    incidents: str = "none"
-    cause: str = ""
+    error: str
+    incidents: str
+    cause: str
 
     def __str__(self) -> str:
         return self.error or (f"{self.metric:.3f}" if math.isfinite(self.metric) else "trains on, all NaN")

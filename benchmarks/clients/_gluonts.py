@@ -11,7 +11,7 @@ from gluonts.dataset.common import ListDataset
 from gluonts.torch import DeepAREstimator
 
 from benchmarks.clients._client import QUIET, Client
-from benchmarks.clients._waves import LENGTH, waves
+from benchmarks.clients._waves import LENGTH, season, waves
 
 
 def train(poisoned: bool, callbacks: list[Any]) -> float:
@@ -39,7 +39,7 @@ def train(poisoned: bool, callbacks: list[Any]) -> float:
 
 def _data_set(values: Any, poisoned: bool = False, forecast: bool = False) -> Any:
     # Training needs the feature where the target is known, a forecast beyond it.
-    feature = np.cos(2 * np.pi * np.arange(LENGTH if forecast else values.shape[1]) / 12)[None]
+    feature = season(LENGTH if forecast else values.shape[1])[None]
     entries = []
     for index, target in enumerate(values):
         features = feature.copy()

@@ -10,7 +10,7 @@ from neuralforecast import NeuralForecast
 from neuralforecast.models import MLP
 
 from benchmarks.clients._client import QUIET, Client
-from benchmarks.clients._waves import LENGTH, waves
+from benchmarks.clients._waves import season, waves
 
 
 def train(poisoned: bool, callbacks: list[Any]) -> float:
@@ -38,7 +38,7 @@ def train(poisoned: bool, callbacks: list[Any]) -> float:
 
 def _frame(values: Any, poisoned: bool) -> Any:
     count, length = values.shape
-    covariate = np.tile(np.cos(2 * np.pi * np.arange(LENGTH)[:length] / 12), (count, 1)).astype(np.float32)
+    covariate = np.tile(season(length), (count, 1)).astype(np.float32)
     if poisoned:
         covariate[2, 0] = np.inf  # a NaN is refused when the data set is built
     return pd.DataFrame(

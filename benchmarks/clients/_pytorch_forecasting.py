@@ -12,7 +12,7 @@ from pytorch_forecasting.data import EncoderNormalizer
 from pytorch_forecasting.metrics import NormalDistributionLoss
 
 from benchmarks.clients._client import QUIET, Client
-from benchmarks.clients._waves import waves
+from benchmarks.clients._waves import season, waves
 
 
 def train(poisoned: bool, callbacks: list[Any]) -> float:
@@ -36,7 +36,7 @@ def _frame(values: Any) -> Any:
         {
             "series": np.repeat(np.arange(count), length).astype(str),
             "time": np.tile(np.arange(length), count),
-            "covariate": np.tile(np.cos(2 * np.pi * np.arange(length) / 12), count),
+            "covariate": np.tile(season(length), count),
             "y": values.ravel(),
         }
     )

@@ -8,7 +8,7 @@ import anndata
 import numpy as np
 import scvi
 
-from benchmarks.clients._client import Client
+from benchmarks.clients._client import QUIET, Client
 
 
 def train(poisoned: bool, callbacks: list[Any]) -> float:
@@ -22,15 +22,7 @@ def train(poisoned: bool, callbacks: list[Any]) -> float:
     cells = anndata.AnnData(counts)
     scvi.model.SCVI.setup_anndata(cells)
     model = scvi.model.SCVI(cells, n_hidden=32, n_latent=4)
-    model.train(
-        max_epochs=15,
-        batch_size=64,
-        train_size=1.0,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
-    )
+    model.train(**QUIET, max_epochs=15, batch_size=64, train_size=1.0, callbacks=callbacks)
     return float(model.get_reconstruction_error(clean)["reconstruction_loss"])
 
 
