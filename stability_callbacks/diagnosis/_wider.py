@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from stability_callbacks.diagnosis._reasons import Reason, overflow_of
+from stability_callbacks.diagnosis._reasons import Reason, overflow_from, overflow_of, type_name
 from stability_callbacks.diagnosis._values import largest, numbers
 
 __all__ = ["reason_in_double"]
@@ -95,12 +95,10 @@ def _of_range(run: _Run, pairs: Iterable[tuple[Tensor, Tensor]]) -> Reason:
         mended = ~narrow.isfinite() & wide.isfinite()
         if not mended.any():
             continue
-        limit, name = torch.finfo(narrow.dtype).max, _name(narrow.dtype)
+        limit, name = torch.finfo(narrow.dtype).max, type_name(narrow.dtype)
         result = largest(wide[mended])
         if result >= limit:
-            return Reason(
-                overflow_of(narrow.dtype), f"overflow: the largest input is {size:.6g}, {name} ends at {limit:.6g}"
-            )
+            return overflow_from(size, narrow.dtype)
         if size**2 >= limit:
             words = f"overflow on the way: the largest input is {size:.6g}, {name} ends at {limit:.6g}"
             return Reason(overflow_of(narrow.dtype), f"{words}; in float64 the result is at most {result:.6g}")
@@ -124,9 +122,7 @@ def _of_place(run: _Run, pairs: Sequence[tuple[Tensor, Tensor]]) -> Reason:
         if not undefined and _is_near_finite(run, index, bad):
             return Reason("pole", f"it has a pole{where}: it is infinite in float64, too")
         if _is_reached_by_huge_numbers(run, index, bad):
-            size, limit = _largest_finite((run.args, run.kwargs)), torch.finfo(narrow.dtype).max
-            words = f"overflow: the largest input is {size:.6g}, {_name(narrow.dtype)} ends at {limit:.6g}"
-            return Reason(overflow_of(narrow.dtype), words)
+            return overflow_from(_largest_finite((run.args, run.kwargs)), narrow.dtype)
         if undefined:
             return Reason("domain", f"it is not defined{where}, in float64 neither")
         return Reason(None, f"it is infinite{where}, in float64 too")
@@ -203,10 +199,6 @@ def _double_type(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex:
         return torch.complex128
     return torch.double if dtype.is_floating_point else dtype
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _tensors(tree: Any) -> list[Tensor]:
