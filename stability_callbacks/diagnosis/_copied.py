@@ -6,11 +6,11 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from stability_callbacks.diagnosis._forked import Failure
 from stability_callbacks.diagnosis._sealed import can_be_sealed
+from stability_callbacks.diagnosis._values import tensors_in
 
 __all__ = ["can_run_in_fork", "run_on_copy"]
 
@@ -24,7 +24,7 @@ def can_run_in_fork(model: nn.Module, batch: Any = None) -> bool:
         model: The model.
         batch: What it is run on, of any nesting.
     """
-    tensors = (each for each in tree_leaves([model.state_dict(), batch]) if isinstance(each, Tensor))
+    tensors = tensors_in([model.state_dict(), batch])
     return can_be_sealed() and all(each.device.type == "cpu" for each in tensors)
 
 

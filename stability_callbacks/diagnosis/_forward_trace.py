@@ -20,7 +20,7 @@ from stability_callbacks.diagnosis._backward_trace import node_name
 from stability_callbacks.diagnosis._operations import Call, leaves_memory_unset, operation_name
 from stability_callbacks.diagnosis._origin import Origin, Site
 from stability_callbacks.diagnosis._source import calling_line
-from stability_callbacks.diagnosis._values import describe, is_finite, kinds, numbers
+from stability_callbacks.diagnosis._values import describe, is_finite, kinds, numbers, tensors_in
 from stability_callbacks.gradient_pass import writable_values
 
 __all__ = ["ForwardTrace"]
@@ -125,7 +125,7 @@ class ForwardTrace(TorchDispatchMode):
             overwritten = {id(each): each.clone() for each in written if id(each) not in unread}
         result = func(*args, **kwargs)
         with torch.no_grad():
-            arguments, results = _tensors((args, kwargs)), _tensors(result)
+            arguments, results = tensors_in((args, kwargs)), tensors_in(result)
             if leaves_memory_unset(func):
                 self._note_unset_memory(results, name, site)
             elif not _is_view(func):
@@ -290,10 +290,6 @@ def _plainly(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterabl
     return ((plain_name(name, model), tensor) for name, tensor in tensors)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], set[int]]:
     """The tensors that an operation writes to, and the ids of those among them that it does not read."""
     schema = getattr(func, "_schema", None)
@@ -305,7 +301,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = args[index] if index < len(args) else kwargs.get(argument.name)
-        tensors = _tensors(value)
+        tensors = tensors_in(value)
         written += tensors
         # Lists are the parameters of a whole model, as a rule: no copies are made of them.
         if argument.kwarg_only or not isinstance(value, Tensor) or operation_name(func) in _OVERWRITING:

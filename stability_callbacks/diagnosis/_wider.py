@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from stability_callbacks.diagnosis._reasons import Reason, overflow_from, overflow_of, type_name
-from stability_callbacks.diagnosis._values import largest, numbers
+from stability_callbacks.diagnosis._values import largest, numbers, tensors_in
 
 __all__ = ["reason_in_double"]
 
@@ -45,8 +45,7 @@ class _Run(NamedTuple):
                 return change(_double(value)) if value.is_floating_point() or value.is_complex() else value.clone()
             return _double_type(value) if isinstance(value, torch.dtype) else value
 
-        result = self.func(*tree_map(widened, args), **tree_map(widened, self.kwargs))
-        return [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        return tensors_in(self.func(*tree_map(widened, args), **tree_map(widened, self.kwargs)))
 
 
 @torch.no_grad()
@@ -83,7 +82,7 @@ def reason_in_double(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out
 def _can_run(run: _Run, outputs: Sequence[Tensor]) -> bool:
     if getattr(run.func, "namespace", "") != "aten" or torch.Tag.nondeterministic_seeded in run.func.tags:
         return False
-    tensors = [*_tensors((run.args, run.kwargs)), *outputs]
+    tensors = [*tensors_in((run.args, run.kwargs)), *outputs]
     plain = all(each.layout == torch.strided and each.device.type not in ("mps", "meta") for each in tensors)
     return plain and sum(each.numel() for each in tensors) <= _MOST_ELEMENTS
 
@@ -109,7 +108,7 @@ def _of_range(run: _Run, pairs: Iterable[tuple[Tensor, Tensor]]) -> Reason:
 
 def _of_place(run: _Run, pairs: Sequence[tuple[Tensor, Tensor]]) -> Reason:
     """What is not finite in float64 either."""
-    inputs = [each for each in _tensors((run.args, run.kwargs)) if each.is_floating_point() or each.is_complex()]
+    inputs = [each for each in tensors_in((run.args, run.kwargs)) if each.is_floating_point() or each.is_complex()]
     if not all(bool(each.isfinite().all()) for each in inputs):
         return Reason()
     for index, (narrow, wide) in enumerate(pairs):
@@ -199,7 +198,3 @@ def _double_type(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex:
         return torch.complex128
     return torch.double if dtype.is_floating_point else dtype
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
