@@ -148,8 +148,8 @@ class ForwardTrace(TorchDispatchMode):
         return name, self.site_of(node._sequence_nr(), name) or site
 
     def _note_unset_memory(self, tensors: Iterable[Tensor], name: str, site: Site) -> None:
-        origin = self._origin("forward", name, f"{name} allocated memory that was read before it was filled", site=site)
-        origin = origin._replace(reason="unset_memory")
+        what = f"{name} allocated memory that was read before it was filled"
+        origin = self._origin("forward", name, what, site=site, reason="unset_memory")
         for tensor in tensors:
             self._unset[_storage_key(tensor)] = _storage_reference(tensor), frozenset([origin])
 
@@ -200,8 +200,8 @@ class ForwardTrace(TorchDispatchMode):
         inputs = [execution.numbers_before(each) for each in execution.inputs if not self._is_written_buffer(each)]
         reason = Call(execution.func, args, kwargs, inputs, execution.outputs).reason()
         reasons = [reason.words, *(each.what for each in sorted(intended, key=lambda each: each.order)[:1])]
-        origin = self._origin("forward", name, f"{name} made {describe(bad[0])} ({'; '.join(reasons)})", site=site)
-        origin = origin._replace(reason=reason.kind)
+        what = f"{name} made {describe(bad[0])} ({'; '.join(reasons)})"
+        origin = self._origin("forward", name, what, site=site, reason=reason.kind)
         self.first_made = self.first_made or origin
         return origin
 
@@ -216,9 +216,18 @@ class ForwardTrace(TorchDispatchMode):
         origin = self._origin("given", execution.name, what, intended=intended, site=execution.site)
         self._mark(source, frozenset([origin]))
 
-    def _origin(self, phase: str, name: str, what: str, *, intended: bool = False, site: Site | None = None) -> Origin:
+    def _origin(
+        self,
+        phase: str,
+        name: str,
+        what: str,
+        *,
+        intended: bool = False,
+        site: Site | None = None,
+        reason: str | None = None,
+    ) -> Origin:
         self._count += 1
-        return Origin(self._count, phase, name, what, intended, site)
+        return Origin(self._count, phase, name, what, intended, site, reason)
 
     def _origins(self, tensor: Tensor) -> frozenset[Origin]:
         key = _storage_key(tensor)
