@@ -116,11 +116,10 @@ def _of_place(run: _Run, pairs: Sequence[tuple[Tensor, Tensor]]) -> Reason:
         if not bad.any():
             continue
         where, undefined = _places(run, inputs, bad), bool(wide[bad].isnan().all())
-        if undefined and _is_near_finite(run, index, bad):
-            return Reason("domain", f"it is not defined{where}, in float64 neither")
-        if not undefined and _is_near_finite(run, index, bad):
+        is_near_finite = _is_near_finite(run, index, bad)
+        if is_near_finite and not undefined:
             return Reason("pole", f"it has a pole{where}: it is infinite in float64, too")
-        if _is_reached_by_huge_numbers(run, index, bad):
+        if not is_near_finite and _is_reached_by_huge_numbers(run, index, bad):
             return overflow_from(_largest_finite((run.args, run.kwargs)), narrow.dtype)
         if undefined:
             return Reason("domain", f"it is not defined{where}, in float64 neither")
