@@ -226,7 +226,7 @@ def _failed(model: nn.Module, trace: ForwardTrace, error: Exception) -> Cause:
     text = f"the second run failed with {type(error).__name__}: {first_line}"
     fault = trace.fault_before() or trace.first_made
     if fault is not None:
-        return _cause_of(model, fault)._replace(explanation=f"{_cause_of(model, fault).explanation}; {text}")
+        return _cause_of(model, fault, f"; {text}")
     if numeric_fault(error) is None:
         return _not_reproduced(text)
     last = trace.last_operation or ("", Site("", None))

@@ -6,11 +6,11 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from stability_callbacks.diagnosis._forked import Failure
+from stability_callbacks.diagnosis._forked import Failure, in_a_line
 from stability_callbacks.diagnosis._sealed import can_be_sealed
+from stability_callbacks.diagnosis._values import tensors_in
 
 __all__ = ["can_run_in_fork", "run_on_copy"]
 
@@ -24,7 +24,7 @@ def can_run_in_fork(model: nn.Module, batch: Any = None) -> bool:
         model: The model.
         batch: What it is run on, of any nesting.
     """
-    tensors = (each for each in tree_leaves([model.state_dict(), batch]) if isinstance(each, Tensor))
+    tensors = tensors_in([model.state_dict(), batch])
     return can_be_sealed() and all(each.device.type == "cpu" for each in tensors)
 
 
@@ -58,12 +58,8 @@ def run_on_copy(
     try:
         model, batch = copy.deepcopy((model, batch), {id(each): each for each in shared})
     except Exception as error:  # noqa: BLE001  # a user's objects may raise anything
-        return Failure(f"this model can't be copied ({_words(error)})", started=False)
+        return Failure(f"this model can't be copied ({in_a_line(error)})", started=False)
     try:
         return work(model, batch)
     except Exception as error:  # noqa: BLE001  # training goes on
-        return Failure(_words(error))
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+        return Failure(in_a_line(error))

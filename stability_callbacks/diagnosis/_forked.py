@@ -18,7 +18,7 @@ import torch
 from stability_callbacks.diagnosis._sealed import can_be_sealed, seal
 from stability_callbacks.snapshots import RandomState
 
-__all__ = ["TIMEOUT", "Failure", "run_in_fork"]
+__all__ = ["TIMEOUT", "Failure", "in_a_line", "run_in_fork"]
 
 T = TypeVar("T")
 
@@ -41,6 +41,11 @@ class Failure(NamedTuple):
 
     def __str__(self) -> str:
         return f"the search failed: {self.reason}" if self.started else f"not looked for: {self.reason}"
+
+
+def in_a_line(error: BaseException) -> str:
+    """An exception's class and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def run_in_fork(work: Callable[[], T], timeout: float = TIMEOUT) -> T | Failure:
@@ -122,8 +127,7 @@ def _pickled(work: Callable[[], Any]) -> bytes:
     try:
         return pickle.dumps(work())
     except BaseException as error:  # noqa: BLE001  # the original must hear of it, and go on
-        first_line = str(error).partition("\n")[0]
-        return pickle.dumps(Failure(f"{type(error).__name__}: {first_line}"))
+        return pickle.dumps(Failure(in_a_line(error)))
 
 
 def _restore_signals() -> None:

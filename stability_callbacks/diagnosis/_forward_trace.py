@@ -20,7 +20,7 @@ from stability_callbacks.diagnosis._backward_trace import node_name
 from stability_callbacks.diagnosis._operations import Call, leaves_memory_unset, operation_name
 from stability_callbacks.diagnosis._origin import Origin, Site
 from stability_callbacks.diagnosis._source import calling_line
-from stability_callbacks.diagnosis._values import describe, is_finite, kinds, numbers
+from stability_callbacks.diagnosis._values import describe, is_finite, kinds, numbers, tensors_in
 from stability_callbacks.gradient_pass import writable_values
 
 __all__ = ["ForwardTrace"]
@@ -125,7 +125,7 @@ class ForwardTrace(TorchDispatchMode):
             overwritten = {id(each): each.clone() for each in written if id(each) not in unread}
         result = func(*args, **kwargs)
         with torch.no_grad():
-            arguments, results = _tensors((args, kwargs)), _tensors(result)
+            arguments, results = tensors_in((args, kwargs)), tensors_in(result)
             if leaves_memory_unset(func):
                 self._note_unset_memory(results, name, site)
             elif not _is_view(func):
@@ -148,8 +148,8 @@ class ForwardTrace(TorchDispatchMode):
         return name, self.site_of(node._sequence_nr(), name) or site
 
     def _note_unset_memory(self, tensors: Iterable[Tensor], name: str, site: Site) -> None:
-        origin = self._origin("forward", name, f"{name} allocated memory that was read before it was filled", site=site)
-        origin = origin._replace(reason="unset_memory")
+        what = f"{name} allocated memory that was read before it was filled"
+        origin = self._origin("forward", name, what, site=site, reason="unset_memory")
         for tensor in tensors:
             self._unset[_storage_key(tensor)] = _storage_reference(tensor), frozenset([origin])
 
@@ -200,8 +200,8 @@ class ForwardTrace(TorchDispatchMode):
         inputs = [execution.numbers_before(each) for each in execution.inputs if not self._is_written_buffer(each)]
         reason = Call(execution.func, args, kwargs, inputs, execution.outputs).reason()
         reasons = [reason.words, *(each.what for each in sorted(intended, key=lambda each: each.order)[:1])]
-        origin = self._origin("forward", name, f"{name} made {describe(bad[0])} ({'; '.join(reasons)})", site=site)
-        origin = origin._replace(reason=reason.kind)
+        what = f"{name} made {describe(bad[0])} ({'; '.join(reasons)})"
+        origin = self._origin("forward", name, what, site=site, reason=reason.kind)
         self.first_made = self.first_made or origin
         return origin
 
@@ -216,9 +216,18 @@ class ForwardTrace(TorchDispatchMode):
         origin = self._origin("given", execution.name, what, intended=intended, site=execution.site)
         self._mark(source, frozenset([origin]))
 
-    def _origin(self, phase: str, name: str, what: str, *, intended: bool = False, site: Site | None = None) -> Origin:
+    def _origin(
+        self,
+        phase: str,
+        name: str,
+        what: str,
+        *,
+        intended: bool = False,
+        site: Site | None = None,
+        reason: str | None = None,
+    ) -> Origin:
         self._count += 1
-        return Origin(self._count, phase, name, what, intended, site)
+        return Origin(self._count, phase, name, what, intended, site, reason)
 
     def _origins(self, tensor: Tensor) -> frozenset[Origin]:
         key = _storage_key(tensor)
@@ -290,10 +299,6 @@ def _plainly(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterabl
     return ((plain_name(name, model), tensor) for name, tensor in tensors)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], set[int]]:
     """The tensors that an operation writes to, and the ids of those among them that it does not read."""
     schema = getattr(func, "_schema", None)
@@ -305,7 +310,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = args[index] if index < len(args) else kwargs.get(argument.name)
-        tensors = _tensors(value)
+        tensors = tensors_in(value)
         written += tensors
         # Lists are the parameters of a whole model, as a rule: no copies are made of them.
         if argument.kwarg_only or not isinstance(value, Tensor) or operation_name(func) in _OVERWRITING:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stability_callbacks.diagnosis._cures import plain_operation
-from stability_callbacks.diagnosis._reasons import Reason, overflow_of
+from stability_callbacks.diagnosis._reasons import Reason, overflow_of, type_name
 from stability_callbacks.diagnosis._values import is_finite, kinds, largest, numbers
 
 __all__ = ["reason_of_gradient"]
@@ -114,6 +114,5 @@ def _overflow(plain: str, saved: Mapping[str, Tensor], given: Sequence[Tensor], 
     infinite = any(kinds(each).keys() - {"NaN"} for each in bad)
     zeros = any(bool((numbers(each) == 0).any()) for each in saved.values())
     if infinite and (plain in _PRODUCTS or (bound >= math.log(limit) and not zeros)):
-        name = str(dtype).removeprefix("torch.")
-        return Reason(overflow_of(dtype), f"overflow: {name} ends at {limit:.6g}")
+        return Reason(overflow_of(dtype), f"overflow: {type_name(dtype)} ends at {limit:.6g}")
     return Reason()

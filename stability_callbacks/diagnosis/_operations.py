@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stability_callbacks.diagnosis._domains import reason_in_domain
-from stability_callbacks.diagnosis._reasons import Reason, overflow_of
+from stability_callbacks.diagnosis._reasons import Reason, overflow_from
 from stability_callbacks.diagnosis._values import count, kinds, largest
 from stability_callbacks.diagnosis._wider import reason_in_double
 
@@ -126,10 +126,5 @@ def _size(name: str, args: Sequence[Any], inputs: Sequence[Tensor], outputs: Seq
     if overflowed is not None:
         limit = torch.finfo(overflowed).max
         if name in _WITHOUT_POLES or size**2 >= limit:
-            words = f"overflow: the largest input is {size:.6g}, {_short(overflowed)} ends at {limit:.6g}"
-            return Reason(overflow_of(overflowed), words)
+            return overflow_from(size, overflowed)
     return Reason(None, f"the inputs are finite, the largest is {size:.6g}")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["REASONS", "Reason", "overflow_of"]
+__all__ = ["REASONS", "Reason", "overflow_from", "overflow_of", "type_name"]
 
 REASONS = {
     "overflow": "the result is larger than the largest number of its type",
@@ -44,3 +44,14 @@ class Reason(NamedTuple):
 def overflow_of(dtype: torch.dtype) -> str:
     """The reason that an overflow of a type is."""
     return "overflow_float16" if torch.finfo(dtype).max < 1e6 else "overflow"
+
+
+def overflow_from(size: float, dtype: torch.dtype) -> Reason:
+    """An overflow of a type, by the largest magnitude that the operation was given."""
+    words = f"overflow: the largest input is {size:.6g}, {type_name(dtype)} ends at {torch.finfo(dtype).max:.6g}"
+    return Reason(overflow_of(dtype), words)
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """A type's name without its package, such as ``float16``."""
+    return str(dtype).removeprefix("torch.")

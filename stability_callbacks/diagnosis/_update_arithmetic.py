@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.optim import Optimizer
 
+from stability_callbacks.diagnosis._reasons import type_name
 from stability_callbacks.diagnosis._values import is_finite
 
 __all__ = ["describe_settings", "vanishing_eps"]
@@ -37,9 +38,9 @@ def vanishing_eps(optimizer: Optimizer) -> str | None:
             continue
         for parameter in group["params"]:
             if torch.tensor(eps, dtype=parameter.dtype) == 0 and not is_finite(parameter.detach()):
-                name = str(parameter.dtype).removeprefix("torch.")
                 return (
-                    f"eps={eps:g} is 0 in {name} (parameter group {index} of {type(optimizer).__name__}): "
+                    f"eps={eps:g} is 0 in {type_name(parameter.dtype)} "
+                    f"(parameter group {index} of {type(optimizer).__name__}): "
                     "set eps=1e-4, or train in 'bf16-mixed' or '16-mixed'"
                 )
     return None

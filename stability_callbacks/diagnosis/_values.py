@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from stability_callbacks.gradient_pass import local_values, tensor_norms
 
-__all__ = ["count", "describe", "is_finite", "kinds", "largest", "numbers"]
+__all__ = ["count", "describe", "is_finite", "kinds", "largest", "numbers", "tensors_in"]
 
 
 @torch.no_grad()
@@ -59,3 +61,8 @@ def kinds(tensor: Tensor) -> dict[str, int]:
 def count(flags: Tensor) -> int:
     """Number of true elements."""
     return int(flags.sum())
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors among the leaves of a tree, in torch's terms: an operation's arguments or results."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

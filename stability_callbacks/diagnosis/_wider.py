@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from stability_callbacks.diagnosis._reasons import Reason, overflow_of
-from stability_callbacks.diagnosis._values import largest, numbers
+from stability_callbacks.diagnosis._reasons import Reason, overflow_from, overflow_of, type_name
+from stability_callbacks.diagnosis._values import largest, numbers, tensors_in
 
 __all__ = ["reason_in_double"]
 
@@ -45,8 +45,7 @@ class _Run(NamedTuple):
                 return change(_double(value)) if value.is_floating_point() or value.is_complex() else value.clone()
             return _double_type(value) if isinstance(value, torch.dtype) else value
 
-        result = self.func(*tree_map(widened, args), **tree_map(widened, self.kwargs))
-        return [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        return tensors_in(self.func(*tree_map(widened, args), **tree_map(widened, self.kwargs)))
 
 
 @torch.no_grad()
@@ -83,7 +82,7 @@ def reason_in_double(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out
 def _can_run(run: _Run, outputs: Sequence[Tensor]) -> bool:
     if getattr(run.func, "namespace", "") != "aten" or torch.Tag.nondeterministic_seeded in run.func.tags:
         return False
-    tensors = [*_tensors((run.args, run.kwargs)), *outputs]
+    tensors = [*tensors_in((run.args, run.kwargs)), *outputs]
     plain = all(each.layout == torch.strided and each.device.type not in ("mps", "meta") for each in tensors)
     return plain and sum(each.numel() for each in tensors) <= _MOST_ELEMENTS
 
@@ -95,12 +94,10 @@ def _of_range(run: _Run, pairs: Iterable[tuple[Tensor, Tensor]]) -> Reason:
         mended = ~narrow.isfinite() & wide.isfinite()
         if not mended.any():
             continue
-        limit, name = torch.finfo(narrow.dtype).max, _name(narrow.dtype)
+        limit, name = torch.finfo(narrow.dtype).max, type_name(narrow.dtype)
         result = largest(wide[mended])
         if result >= limit:
-            return Reason(
-                overflow_of(narrow.dtype), f"overflow: the largest input is {size:.6g}, {name} ends at {limit:.6g}"
-            )
+            return overflow_from(size, narrow.dtype)
         if size**2 >= limit:
             words = f"overflow on the way: the largest input is {size:.6g}, {name} ends at {limit:.6g}"
             return Reason(overflow_of(narrow.dtype), f"{words}; in float64 the result is at most {result:.6g}")
@@ -111,7 +108,7 @@ def _of_range(run: _Run, pairs: Iterable[tuple[Tensor, Tensor]]) -> Reason:
 
 def _of_place(run: _Run, pairs: Sequence[tuple[Tensor, Tensor]]) -> Reason:
     """What is not finite in float64 either."""
-    inputs = [each for each in _tensors((run.args, run.kwargs)) if each.is_floating_point() or each.is_complex()]
+    inputs = [each for each in tensors_in((run.args, run.kwargs)) if each.is_floating_point() or each.is_complex()]
     if not all(bool(each.isfinite().all()) for each in inputs):
         return Reason()
     for index, (narrow, wide) in enumerate(pairs):
@@ -119,14 +116,11 @@ def _of_place(run: _Run, pairs: Sequence[tuple[Tensor, Tensor]]) -> Reason:
         if not bad.any():
             continue
         where, undefined = _places(run, inputs, bad), bool(wide[bad].isnan().all())
-        if undefined and _is_near_finite(run, index, bad):
-            return Reason("domain", f"it is not defined{where}, in float64 neither")
-        if not undefined and _is_near_finite(run, index, bad):
+        is_near_finite = _is_near_finite(run, index, bad)
+        if is_near_finite and not undefined:
             return Reason("pole", f"it has a pole{where}: it is infinite in float64, too")
-        if _is_reached_by_huge_numbers(run, index, bad):
-            size, limit = _largest_finite((run.args, run.kwargs)), torch.finfo(narrow.dtype).max
-            words = f"overflow: the largest input is {size:.6g}, {_name(narrow.dtype)} ends at {limit:.6g}"
-            return Reason(overflow_of(narrow.dtype), words)
+        if not is_near_finite and _is_reached_by_huge_numbers(run, index, bad):
+            return overflow_from(_largest_finite((run.args, run.kwargs)), narrow.dtype)
         if undefined:
             return Reason("domain", f"it is not defined{where}, in float64 neither")
         return Reason(None, f"it is infinite{where}, in float64 too")
@@ -203,11 +197,3 @@ def _double_type(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex:
         return torch.complex128
     return torch.double if dtype.is_floating_point else dtype
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
