@@ -297,9 +297,9 @@ class FlightRecorder(StabilityCallback):
     def _find_cause(self, training: Training, window: list[_MicroBatch]) -> Cause:
         module, precision = training.module, training.trainer.precision_plugin
         if training.is_sharded:
-            return _not_found("not looked for: the model is sharded, and one process can't run it alone")
+            return Cause.not_found("not looked for: the model is sharded, and one process can't run it alone")
         if self._search_hung:
-            return _not_found("not looked for: an earlier search did not end")
+            return Cause.not_found("not looked for: an earlier search did not end")
         batches = [micro_batch.batch for micro_batch in window]
 
         def search(module: nn.Module, batches: list[Any], forked: bool = True) -> Cause:
@@ -323,7 +323,7 @@ class FlightRecorder(StabilityCallback):
             found = run_on_copy(partial(search, forked=False), module, batches, shared=[training.trainer])
         if isinstance(found, Failure):
             self._search_hung = found.timed_out
-            return _not_found(str(found))
+            return Cause.not_found(str(found))
         return found
 
     def _write_bundle(
@@ -456,12 +456,8 @@ def _shared(causes: Sequence[Cause]) -> Cause | None:
         return None
     last, places = causes[-1], {(each.phase, each.module, each.operation) for each in causes}
     if len(places) > 1:
-        return _not_found(f"not looked for again: the {len(causes)} before began in {len(places)} places")
+        return Cause.not_found(f"not looked for again: the {len(causes)} before began in {len(places)} places")
     return last._replace(explanation=f"not looked for again; the {len(causes)} before: {last.explanation}")
-
-
-def _not_found(explanation: str) -> Cause:
-    return Cause(False, None, None, None, None, None, explanation)
 
 
 def _is_nonfinite(window: Sequence[_MicroBatch]) -> bool:

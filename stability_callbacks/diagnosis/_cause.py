@@ -53,6 +53,11 @@ class Cause(NamedTuple):
     explanation: str
     reason: str | None = None
 
+    @classmethod
+    def not_found(cls, explanation: str) -> Cause:
+        """That nothing was found, and why."""
+        return cls(False, None, None, None, None, None, explanation)
+
 
 def find_cause(model: nn.Module, run: Callable[[], Tensor | None], batch: Any = None) -> Cause:
     """Run the offending batch once more and name the first thing that broke; nothing else changes.
@@ -145,7 +150,7 @@ def _verdict(model: nn.Module, trace: ForwardTrace, loss: Tensor | None) -> Caus
     if fault is not None:
         return _cause_of(model, fault, "; it reached neither the loss nor a gradient")
     outcome = "gave no loss" if loss is None else "gave a finite loss and finite gradients"
-    return _not_reproduced(
+    return Cause.not_found(
         f"The second run {outcome}. The fault may have come from another process, a kernel that is not deterministic,"
         " the hardware, a loss scale that was too large, gradients summed over several batches, or randomness or state"
         " that the second run did not share."
@@ -228,15 +233,11 @@ def _failed(model: nn.Module, trace: ForwardTrace, error: Exception) -> Cause:
     if fault is not None:
         return _cause_of(model, fault, f"; {text}")
     if numeric_fault(error) is None:
-        return _not_reproduced(text)
+        return Cause.not_found(text)
     last = trace.last_operation or ("", Site("", None))
     said = re.match(r"(?:torch\.)?((?:linalg\.)?\w+): ", first_line)
     site = Site(last[1].module, raising_line(error))
     return _cause(model, "forward", site, said[1] if said else last[0], "")._replace(explanation=text)
-
-
-def _not_reproduced(explanation: str) -> Cause:
-    return Cause(False, None, None, None, None, None, explanation)
 
 
 def _owner(name: str) -> str:
