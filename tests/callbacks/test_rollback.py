@@ -39,6 +39,7 @@ from tests.models import (
     fp16,
     make_batches,
     poison,
+    seeded,
     sgd,
     training_state,
 )
@@ -78,11 +79,6 @@ def rollback(**arguments: Any) -> Rollback:
 
 def state_after(model: pl.LightningModule, batches: Any, callbacks: Any = (), **arguments: Any) -> dict[str, Any]:
     return training_state(model, fit(model, batches, callbacks, **arguments))
-
-
-def seeded(make: Callable[..., pl.LightningModule], *arguments: Any) -> pl.LightningModule:
-    torch.manual_seed(0)
-    return make(*arguments)
 
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

@@ -27,6 +27,7 @@ from tests.models import (
     make_batches,
     make_trainer,
     poison,
+    seeded,
     sgd,
     training_state,
 )
@@ -37,11 +38,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:There are 2 (guards|clippings)")
 
 def run(model: pl.LightningModule, batches: Any, callbacks: Any = (), **arguments: Any) -> Any:
     return training_state(model, fit(model, batches, callbacks, **arguments))
-
-
-def seeded(make: Callable[..., pl.LightningModule], *arguments: Any) -> Any:
-    torch.manual_seed(0)
-    return make(*arguments)
 
 
 # ---- counters can be read at any time

@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from stability_callbacks import FlightRecorder, StepGuard, TrainingDivergedError, stability_suite
 from stability_callbacks.detection import Spike
 from stability_callbacks.diagnosis import read_incidents
-from tests.models import NormNet, TwoOptimizers, assert_same_bits, fit, fp16, make_batches, poison, training_state
-
-
-def seeded(make: Any, *arguments: Any) -> Any:
-    torch.manual_seed(0)
-    return make(*arguments)
+from tests.models import (
+    NormNet,
+    TwoOptimizers,
+    assert_same_bits,
+    fit,
+    fp16,
+    make_batches,
+    poison,
+    seeded,
+    training_state,
+)
 
 
 def run(model: pl.LightningModule, batches: Any, callbacks: Any = (), **arguments: Any) -> Any:

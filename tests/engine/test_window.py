@@ -27,13 +27,9 @@ from tests.models import (
     make_batches,
     make_trainer,
     poison,
+    seeded,
     training_state,
 )
-
-
-def seeded(make: Any, *arguments: Any) -> Any:
-    torch.manual_seed(0)
-    return make(*arguments)
 
 
 def run(model: pl.LightningModule, batches: Any, callbacks: Any = (), **arguments: Any) -> Any:
