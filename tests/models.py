@@ -313,6 +313,11 @@ def training_state(model: pl.LightningModule, trainer: pl.Trainer) -> dict[str, 
     }
 
 
+def state_after(model: pl.LightningModule, batches: Any, callbacks: Any = (), **arguments: Any) -> dict[str, Any]:
+    """Fit, and everything of the training state after it."""
+    return training_state(model, fit(model, batches, callbacks, **arguments))
+
+
 def assert_same_bits(one: Any, other: Any, path: str = "state") -> None:
     """Equality to the last bit, NaN equal to NaN, of nested states."""
     if isinstance(one, Tensor):
