@@ -269,6 +269,12 @@ def poison(batch: tuple[Tensor, Tensor], value: float = float("nan")) -> tuple[T
     return x, y
 
 
+def seeded(make: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function or class makes after the same seed as ever."""
+    torch.manual_seed(0)
+    return make(*arguments)
+
+
 def fit(
     model: pl.LightningModule, batches: Any, callbacks: Any = (), ckpt_path: Any = None, **arguments: Any
 ) -> pl.Trainer:
@@ -305,6 +311,11 @@ def training_state(model: pl.LightningModule, trainer: pl.Trainer) -> dict[str, 
         "model": {name: value.clone() for name, value in model.state_dict().items()},
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
     }
+
+
+def state_after(model: pl.LightningModule, batches: Any, callbacks: Any = (), **arguments: Any) -> dict[str, Any]:
+    """Fit, and everything of the training state after it."""
+    return training_state(model, fit(model, batches, callbacks, **arguments))
 
 
 def assert_same_bits(one: Any, other: Any, path: str = "state") -> None:

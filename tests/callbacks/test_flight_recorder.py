@@ -31,6 +31,7 @@ from tests.models import (
     fp16,
     make_batches,
     poison,
+    seeded,
     sgd,
     training_state,
 )
@@ -63,11 +64,6 @@ def zeroed(batch: Any) -> Any:
 
 def record(directory: Path) -> list[Incident]:
     return read_incidents(directory / "incidents.jsonl")
-
-
-def seeded(make: Any, *arguments: Any) -> Any:
-    torch.manual_seed(0)
-    return make(*arguments)
 
 
 @pytest.mark.parametrize("optimizer", [sgd, fused], ids=["known to the host", "on the device"])

@@ -28,17 +28,16 @@ from tests.models import (
     fp16,
     make_batches,
     poison,
+    seeded,
     sgd,
-    training_state,
+    state_after,
 )
 
 NAN, INF = float("nan"), float("inf")
 
 
 def run(make: Any, batches: Any, callbacks: Any = (), **arguments: Any) -> Any:
-    torch.manual_seed(0)
-    model = make()
-    return training_state(model, fit(model, batches, callbacks, **arguments))
+    return state_after(seeded(make), batches, callbacks, **arguments)
 
 
 # ---- equal to torch's own

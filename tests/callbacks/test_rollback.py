@@ -39,7 +39,9 @@ from tests.models import (
     fp16,
     make_batches,
     poison,
+    seeded,
     sgd,
+    state_after,
     training_state,
 )
 
@@ -74,15 +76,6 @@ def ruin_momentum(trainer: pl.Trainer, model: Any) -> None:
 
 def rollback(**arguments: Any) -> Rollback:
     return Rollback(**{"every_n_steps": 4, "patience": 2, "lr_factor": 1.0, **arguments})
-
-
-def state_after(model: pl.LightningModule, batches: Any, callbacks: Any = (), **arguments: Any) -> dict[str, Any]:
-    return training_state(model, fit(model, batches, callbacks, **arguments))
-
-
-def seeded(make: Callable[..., pl.LightningModule], *arguments: Any) -> pl.LightningModule:
-    torch.manual_seed(0)
-    return make(*arguments)
 
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

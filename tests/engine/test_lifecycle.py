@@ -27,21 +27,13 @@ from tests.models import (
     make_batches,
     make_trainer,
     poison,
+    seeded,
     sgd,
-    training_state,
+    state_after,
 )
 
 # Two of a class in one list are wanted here.
 pytestmark = pytest.mark.filterwarnings("ignore:There are 2 (guards|clippings)")
-
-
-def run(model: pl.LightningModule, batches: Any, callbacks: Any = (), **arguments: Any) -> Any:
-    return training_state(model, fit(model, batches, callbacks, **arguments))
-
-
-def seeded(make: Callable[..., pl.LightningModule], *arguments: Any) -> Any:
-    torch.manual_seed(0)
-    return make(*arguments)
 
 
 # ---- counters can be read at any time
@@ -76,7 +68,7 @@ def test_reading_a_counter_in_the_middle_of_a_step_changes_nothing(plugins: list
     def train(*extra: Callable[[StepGuard], pl.Callback]) -> tuple[StepGuard, Any]:
         guard = StepGuard()
         callbacks = [guard, GradientClipping(NormClip(0.5)), *(make(guard) for make in extra)]
-        state = run(
+        state = state_after(
             seeded(NormNet), batches, callbacks, plugins=[p() for p in plugins], accumulate_grad_batches=accumulate
         )
         return guard, state
@@ -143,7 +135,7 @@ def test_optimizers_that_derive_from_one_of_torch(optimizer: type[torch.optim.Ad
         callbacks.append(LRSchedule(WarmupCosine(warmup=3)))
         model = seeded(NormNet, lambda p: cls(p, lr=0.1))
         bad = [*batches[:2], poison(batches[0]), *batches[2:]]
-        state = run(model, bad, callbacks, logger=logger, plugins=[make() for make in plugins])
+        state = state_after(model, bad, callbacks, logger=logger, plugins=[make() for make in plugins])
         assert guard.skipped_steps == 1
         return state, [{k.replace(cls.__name__, "AdamW"): v for k, v in m.items()} for _, m in logger.calls]
 
@@ -238,7 +230,7 @@ def test_training_goes_on_after_a_step_that_raised(when: str, retry: bool) -> No
     def train(fails_at: dict[int, str], batches: Any) -> tuple[Any, LRSchedule, StepGuard]:
         schedule, guard = LRSchedule(WarmupConstant(warmup=10, start=0.5)), StepGuard()
         model = seeded(CatchesErrors, fails_at, retry)
-        return run(model, batches, [schedule, GradientClipping(NormClip(0.1)), guard]), schedule, guard
+        return state_after(model, batches, [schedule, GradientClipping(NormClip(0.1)), guard]), schedule, guard
 
     batches = make_batches(5)
     caught, schedule, guard = train({1: when, 3: when}, batches)
@@ -422,8 +414,8 @@ def test_windows_of_manual_accumulation_are_dropped_as_a_whole(position: int) ->
     batches = make_batches(9)
     window = make_batches(3, seed=1)
     window[position] = poison(window[position])
-    healed = run(seeded(AccumulatesByHand), [*batches[:3], *window, *batches[3:]], [StepGuard()])
-    assert_same_bits(healed, run(seeded(AccumulatesByHand), batches))
+    healed = state_after(seeded(AccumulatesByHand), [*batches[:3], *window, *batches[3:]], [StepGuard()])
+    assert_same_bits(healed, state_after(seeded(AccumulatesByHand), batches))
 
 
 class LeavesOutByHand(NormNet):
@@ -554,8 +546,10 @@ def test_a_training_step_that_returns_none_is_not_a_skip(plugins: list[Any]) -> 
     logger, guard, clipping = MemoryLogger(), StepGuard(max_consecutive_skips=1), GradientClipping(NormClip(0.5))
     model = seeded(ReturnsNone)
     callbacks = [guard, clipping, GradientMonitor()]
-    healed = run(model, make_batches(4), callbacks, logger=logger, plugins=[make() for make in plugins])
-    plain = run(seeded(ReturnsNone), make_batches(4), [GradientClipping(NormClip(0.5))], plugins=[p() for p in plugins])
+    healed = state_after(model, make_batches(4), callbacks, logger=logger, plugins=[make() for make in plugins])
+    plain = state_after(
+        seeded(ReturnsNone), make_batches(4), [GradientClipping(NormClip(0.5))], plugins=[p() for p in plugins]
+    )
     assert_same_bits(healed, plain)
     assert guard.skipped_steps == clipping.nonfinite_norms == 0
     assert list(guard.state_dict()["recent"]) == [False, False]
@@ -575,9 +569,9 @@ class Raises(MemoryLogger):
 def test_a_logger_that_raises_is_warned_of_once_and_does_not_end_training() -> None:
     batches, good = make_batches(4), MemoryLogger()
     with pytest.warns(UserWarning, match="Raises could not log stability metrics.*disk full") as caught:
-        state = run(seeded(NormNet), batches, stability_suite("mlp"), logger=[Raises(), good])
+        state = state_after(seeded(NormNet), batches, stability_suite("mlp"), logger=[Raises(), good])
     assert len([w for w in caught if "could not log" in str(w.message)]) == 1
-    assert_same_bits(state, run(seeded(NormNet), batches, stability_suite("mlp")))
+    assert_same_bits(state, state_after(seeded(NormNet), batches, stability_suite("mlp")))
     assert set(good.values("grad_norm/total")) == {0, 1, 2, 3}
 
 
@@ -639,20 +633,20 @@ def test_callbacks_of_the_module_and_of_the_trainer_share_one_lifecycle() -> Non
 
     batches = [*make_batches(3), poison(make_batches(1)[0]), *make_batches(2, seed=1)]
     logger = MemoryLogger()
-    state = run(seeded(Brings), batches, [GradientClipping(NormClip(0.1)), GradientMonitor()], logger=logger)
+    state = state_after(seeded(Brings), batches, [GradientClipping(NormClip(0.1)), GradientMonitor()], logger=logger)
     callbacks = [StepGuard(), LRSchedule(WarmupConstant(warmup=4)), GradientClipping(NormClip(0.1)), GradientMonitor()]
     expected = MemoryLogger()
-    assert_same_bits(state, run(seeded(NormNet), batches, callbacks, logger=expected))
+    assert_same_bits(state, state_after(seeded(NormNet), batches, callbacks, logger=expected))
     assert_same_bits(logger.calls, expected.calls)
 
 
 def test_a_callback_may_serve_one_trainer_after_another() -> None:
     callbacks = [*stability_suite("mlp"), LRSchedule(WarmupCosine(warmup=2))]
     batches = [*make_batches(3), poison(make_batches(1)[0])]
-    first = run(seeded(NormNet), batches, callbacks)
+    first = state_after(seeded(NormNet), batches, callbacks)
     guard = next(callback for callback in callbacks if isinstance(callback, StepGuard))
     assert guard.skipped_steps == 1
-    second = run(seeded(NormNet), batches, callbacks)
+    second = state_after(seeded(NormNet), batches, callbacks)
     assert guard.skipped_steps == 1
     assert_same_bits(first, second)
 

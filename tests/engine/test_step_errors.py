@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from stability_callbacks import FlightRecorder, StepGuard, TrainingDivergedError, stability_suite
 from stability_callbacks.detection import Spike
 from stability_callbacks.diagnosis import read_incidents
-from tests.models import NormNet, TwoOptimizers, assert_same_bits, fit, fp16, make_batches, poison, training_state
-
-
-def seeded(make: Any, *arguments: Any) -> Any:
-    torch.manual_seed(0)
-    return make(*arguments)
-
-
-def run(model: pl.LightningModule, batches: Any, callbacks: Any = (), **arguments: Any) -> Any:
-    return training_state(model, fit(model, batches, callbacks, **arguments))
+from tests.models import (
+    NormNet,
+    TwoOptimizers,
+    assert_same_bits,
+    fit,
+    fp16,
+    make_batches,
+    poison,
+    seeded,
+    state_after,
+)
 
 
 class Likelihood(NormNet):
@@ -40,7 +41,9 @@ class Likelihood(NormNet):
 def test_a_step_that_raises_on_bad_numbers_is_skipped(fused: bool, plugins: Any, accumulate: int) -> None:
     def train(batches: Any, *callbacks: Any) -> Any:
         model = seeded(Likelihood, lambda p: torch.optim.Adam(p, lr=0.1, fused=fused))
-        return run(model, batches, callbacks, plugins=[make() for make in plugins], accumulate_grad_batches=accumulate)
+        return state_after(
+            model, batches, callbacks, plugins=[make() for make in plugins], accumulate_grad_batches=accumulate
+        )
 
     batches = make_batches(9)
     window = make_batches(accumulate, seed=1)
@@ -70,9 +73,9 @@ def test_manual_optimization_goes_on(tmp_path: Any) -> None:
     batches = make_batches(6)
     bad = [*batches[:3], poison(batches[0]), *batches[3:]]
     guard = StepGuard()
-    healed = run(seeded(LikelihoodByHand), bad, [guard, FlightRecorder(tmp_path)])
+    healed = state_after(seeded(LikelihoodByHand), bad, [guard, FlightRecorder(tmp_path)])
     assert guard.skipped_steps == 1
-    assert_same_bits(healed["model"], run(seeded(LikelihoodByHand), batches)["model"])
+    assert_same_bits(healed["model"], state_after(seeded(LikelihoodByHand), batches)["model"])
     [incident] = read_incidents(tmp_path / "incidents.jsonl")
     assert "Categorical" in str(incident.evidence["exception"])
 

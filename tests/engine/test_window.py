@@ -27,18 +27,10 @@ from tests.models import (
     make_batches,
     make_trainer,
     poison,
+    seeded,
+    state_after,
     training_state,
 )
-
-
-def seeded(make: Any, *arguments: Any) -> Any:
-    torch.manual_seed(0)
-    return make(*arguments)
-
-
-def run(model: pl.LightningModule, batches: Any, callbacks: Any = (), **arguments: Any) -> Any:
-    return training_state(model, fit(model, batches, callbacks, **arguments))
-
 
 # ---- steps without gradients
 
@@ -73,8 +65,10 @@ def test_a_bad_batch_whose_gradients_the_user_dropped_leaves_no_trace(
     bad = [poison(batches[0])] * accumulate
     guard = StepGuard()
     callbacks = [guard, FlightRecorder(tmp_path)]
-    healed = run(seeded(make), [*batches[:4], *bad, *batches[4:]], callbacks, accumulate_grad_batches=accumulate)
-    assert_same_bits(healed, run(seeded(make), batches, accumulate_grad_batches=accumulate))
+    healed = state_after(
+        seeded(make), [*batches[:4], *bad, *batches[4:]], callbacks, accumulate_grad_batches=accumulate
+    )
+    assert_same_bits(healed, state_after(seeded(make), batches, accumulate_grad_batches=accumulate))
     assert read_incidents(tmp_path / "incidents.jsonl")[0].kind == "nonfinite"
 
 
@@ -135,9 +129,9 @@ def test_windows_of_losses_that_lightning_does_not_see_are_dropped_as_a_whole(po
     batches, window = make_batches(9), make_batches(3, seed=1)
     window[position] = poison(window[position])
     guard = StepGuard()
-    healed = run(seeded(AccumulatesByHand, set_to_none), [*batches[:3], *window, *batches[3:]], [guard])
+    healed = state_after(seeded(AccumulatesByHand, set_to_none), [*batches[:3], *window, *batches[3:]], [guard])
     assert guard.skipped_steps == 1
-    assert_same_bits(healed, run(seeded(AccumulatesByHand, set_to_none), batches))
+    assert_same_bits(healed, state_after(seeded(AccumulatesByHand, set_to_none), batches))
 
 
 # ---- what others write inside of a window
@@ -348,7 +342,7 @@ def test_a_skipped_batch_does_not_move_a_teacher(place: int, how: str, accumulat
     def train(batches: Any, *callbacks: Any) -> Any:
         model = seeded(Teaches)
         model.how, model.fused = how, fused
-        return run(model, batches, callbacks, accumulate_grad_batches=accumulate)["model"]
+        return state_after(model, batches, callbacks, accumulate_grad_batches=accumulate)["model"]
 
     batches = make_batches(12)
     bad = [poison(batches[0])] * accumulate

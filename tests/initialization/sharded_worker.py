@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from stability_callbacks.initialization import LSUV, Auto, Kaiming, Orthogonal, Policy, TruncNormal
+from tests.contracts.contract import whole
 from tests.process_pair import process_group
 
 POLICIES: dict[str, Policy] = {
@@ -40,10 +41,6 @@ class Model(nn.Module):
 def build(dtype: torch.dtype = torch.float32) -> Model:
     torch.manual_seed(0)
     return Model().to(dtype)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def initialize(model: Model, policy: Policy) -> dict[str, object]:
