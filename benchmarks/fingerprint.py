@@ -19,7 +19,8 @@ Of each run is kept, entry by entry: weights and buffers, the state of optimizer
 and torch's random stream, the callbacks' states and counts, each metric's series, each histogram's, incidents without
 their time and with paths and lines of source left out, what lies in bundles and checkpoints, and how training ended.
 Tensors and long lists are SHA-256 sums of dtype, shape and bytes; all NaNs count as the same. What is short is kept as
-it is, so that a difference can be read. An entry whose name alone has changed is reported as renamed.
+it is, so that a difference can be read. An entry whose name alone has changed is reported as renamed. Names that runs
+draw at random are numbered.
 
 The models are defined here and only public names of the package are used, so the file can be copied to other commits.
 """
@@ -43,12 +44,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import asdict, dataclass, is_dataclass
 from difflib import SequenceMatcher
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import numpy as np
@@ -674,7 +677,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 
 def train_law(law: Law) -> dict[str, Entries]:
     """Train a small model, and once more from its checkpoint if one is asked for; the entries of each run by name."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _numbered_names():
         if law.interrupt_after is None:
             return {"": _train(law, Path(folder), [], None)}
         saver = Saver(Path(folder, "whole"), law.interrupt_after)
@@ -709,6 +712,12 @@ def _train(law: Law, directory: Path, others: list[pl.Callback], ckpt_path: Path
                 print(f"A run broke: {end}", file=sys.stderr)
     found = {"end": end, **dict(state_entries(model, trainer)), **dict(recorder.entries())}
     return _without_places({**found, **dict(file_entries(directory))}, directory)
+
+
+def _numbered_names() -> AbstractContextManager[Any]:
+    """Runs and temporary files draw names from the system; while it lasts, these are numbered from 0 instead."""
+    numbers = count()
+    return mock.patch("secrets.token_hex", lambda size=32: f"{next(numbers):0{2 * size}x}")
 
 
 def _without_places(entries: Entries, directory: Path) -> Entries:
@@ -766,7 +775,7 @@ def inside_recipe(recipe: str, scenario: str) -> dict[str, Entries]:
             fits.append(({"end": end, **dict(state_entries(model, trainer))}, recorder))
 
     code: Any = None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _numbered_names():
         pl.Trainer.fit = fit_and_keep  # type: ignore[assignment, method-assign]
         sys.argv = [recipe, "--scenario", scenario, "--seed", "0", "--output", folder]
         try:
